@@ -1,0 +1,99 @@
+"""Blocks for requests: how many an allocation needs, whether they are there, and what enters the cache.
+
+Follows `vllm/v1/core/kv_cache_manager.py` (`KVCacheManager.get_computed_blocks`, `allocate_slots`,
+`can_fit_full_sequence` in 0.19) for one group of full-attention layers.
+"""
+
+from __future__ import annotations
+
+from kvtwin.sim.kv.block_pool import BlockPool
+from kvtwin.sim.request import Request
+
+
+def ceil_div(numerator: int, denominator: int) -> int:
+    """Integer division, rounded up.
+
+    >>> ceil_div(17, 16)
+    2
+    """
+    return -(-numerator // denominator)
+
+
+class KVCacheManager:
+    """Allocates the KV blocks of requests from a pool.
+
+    Args:
+        pool: where the blocks come from.
+        block_size: tokens per block.
+        max_model_len: no request ever needs slots for more tokens.
+        watermark_blocks: blocks that an admission must leave free.
+    """
+
+    def __init__(self, pool: BlockPool, *, block_size: int, max_model_len: int, watermark_blocks: int) -> None:
+        self.pool = pool
+        self._block_size = block_size
+        self._max_model_len = max_model_len
+        self._watermark_blocks = watermark_blocks
+
+    def computed_blocks(self, request: Request) -> list[int]:
+        """The request's longest cached prefix, in blocks. At least one token is left to compute."""
+        if not self.pool.enable_prefix_caching:
+            return []
+        max_blocks = (request.num_tokens - 1) // self._block_size
+        return self.pool.lookup(request.block_keys(0, max_blocks))
+
+    def can_admit(
+        self, request: Request, num_new_tokens: int, hits: list[int], *, whole_sequence: bool, watermark: bool
+    ) -> bool:
+        """Whether a waiting request fits: its chunk and, with `whole_sequence`, all its known tokens.
+
+        Blocks hit in the cache that lie in the free queue count as needed too.
+        """
+        num_tokens = len(hits) * self._block_size + num_new_tokens
+        if whole_sequence:
+            num_tokens = max(num_tokens, request.num_tokens)
+        num_tokens = min(num_tokens, self._max_model_len)
+        needed = ceil_div(num_tokens, self._block_size) - len(hits) + self.pool.num_unreferenced(hits)
+        return needed + (self._watermark_blocks if watermark else 0) <= self.pool.num_free
+
+    def can_grow(self, request: Request, num_new_tokens: int) -> bool:
+        """Whether a running request can be given `num_new_tokens` more."""
+        return self._num_missing(request, num_new_tokens) <= self.pool.num_free
+
+    def admit(self, request: Request, hits: list[int]) -> None:
+        """Give a waiting request the blocks it hit."""
+        self.pool.touch(hits)
+        request.blocks = hits
+        request.num_cached_blocks = len(hits)
+        request.num_computed_tokens = len(hits) * self._block_size
+
+    def grow(self, request: Request, num_new_tokens: int) -> None:
+        """Allocate the blocks for `num_new_tokens` more, and enter those that become full into the cache.
+
+        They enter when scheduled, not when computed, so a later request of the same step can hit them.
+        Tokens still in flight are not known yet and enter later (`cache_computed`).
+        """
+        request.blocks += self.pool.allocate(self._num_missing(request, num_new_tokens))
+        self._cache(request, min(request.num_computed_tokens + num_new_tokens, request.num_tokens))
+
+    def cache_computed(self, request: Request) -> None:
+        """Enter blocks filled by a token that has just become known (`AsyncScheduler`)."""
+        self._cache(request, request.num_computed_tokens - request.num_output_placeholders)
+
+    def free(self, request: Request) -> None:
+        """Take all blocks from a finished or preempted request."""
+        self.pool.free(request.blocks)
+        request.blocks = []
+        request.num_cached_blocks = 0
+
+    def _num_missing(self, request: Request, num_new_tokens: int) -> int:
+        num_tokens = min(request.num_computed_tokens + num_new_tokens, self._max_model_len)
+        return max(0, ceil_div(num_tokens, self._block_size) - len(request.blocks))
+
+    def _cache(self, request: Request, num_tokens: int) -> None:
+        if not self.pool.enable_prefix_caching:
+            return
+        first, last = request.num_cached_blocks, num_tokens // self._block_size
+        if first < last:
+            self.pool.cache(request.blocks[first:last], request.block_keys(first, last))
+            request.num_cached_blocks = last

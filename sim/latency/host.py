@@ -1,0 +1,33 @@
+"""Time that the engine's process spends between steps: scheduling, updating, launching."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class HostTime:
+    """Host time of one engine, linear in the number of requests in the step; all zero means a free host.
+
+    Synchronous scheduling pays `schedule` before and `update` after every step. Asynchronous scheduling
+    pays them while the previous step runs, so that only `gap` shows, unless the host is the slower of the two.
+
+    Attributes:
+        schedule_ns, schedule_per_req_ns: from the start of schedule() to the start of the model.
+        update_ns, update_per_req_ns: from the tokens' return to the next schedule().
+        gap_ns: least idle time of the device between two steps that are launched back to back.
+    """
+
+    schedule_ns: int = 0
+    schedule_per_req_ns: int = 0
+    update_ns: int = 0
+    update_per_req_ns: int = 0
+    gap_ns: int = 0
+
+    def schedule(self, num_reqs: int) -> int:
+        """Nanoseconds before a step of `num_reqs` requests."""
+        return self.schedule_ns + self.schedule_per_req_ns * num_reqs
+
+    def update(self, num_reqs: int) -> int:
+        """Nanoseconds after a step of `num_reqs` requests."""
+        return self.update_ns + self.update_per_req_ns * num_reqs

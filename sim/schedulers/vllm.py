@@ -1,0 +1,246 @@
+"""The scheduler of vLLM V1, versions 0.32 and 0.19, decision for decision.
+
+Follows `vllm/v1/core/sched/scheduler.py` (`Scheduler.schedule`, `_preempt_request`, `update_from_output`)
+and `async_scheduler.py` (`AsyncScheduler`). There is no prefill phase and no decode phase: each request
+has computed tokens and known tokens, and every step lets the first catch up with the second.
+
+Not modelled, because no supported setting reaches it: speculative decoding, encoders, LoRA limits, KV
+connectors, structured output.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from kvtwin.sim.config import VllmConfig
+from kvtwin.sim.kv.block_pool import BlockPool
+from kvtwin.sim.kv.manager import KVCacheManager
+from kvtwin.sim.request import Request, Status
+from kvtwin.sim.schedulers.plan import StepPlan
+from kvtwin.sim.schedulers.queues import WAITING_QUEUES
+
+
+@dataclass(slots=True)
+class _Call:
+    """What one schedule() call has decided so far."""
+
+    budget: int
+    long_prefill_threshold: int
+    tokens: dict[Request, int] = field(default_factory=dict)
+    preempted: list[Request] = field(default_factory=list)
+
+    def cut(self, num_tokens: int) -> int:
+        """Cut a request's new tokens to the long-prefill threshold, where one applies."""
+        return min(num_tokens, self.long_prefill_threshold) if self.long_prefill_threshold else num_tokens
+
+    def take(self, request: Request, num_tokens: int) -> None:
+        self.tokens[request] = num_tokens
+        self.budget -= num_tokens
+
+    def take_back(self, request: Request) -> bool:
+        """Undo `take` for a preempted request; False if it had not been scheduled in this call."""
+        num_tokens = self.tokens.pop(request, 0)
+        self.budget += num_tokens
+        return num_tokens > 0
+
+
+class VllmScheduler:
+    """Decides, at each step, who runs with how many tokens.
+
+    Args:
+        config: the engine's settings; `config.rules` holds what differs between versions.
+    """
+
+    def __init__(self, config: VllmConfig) -> None:
+        self._config, self._rules = config, config.rules
+        pool = BlockPool(
+            config.num_gpu_blocks,
+            enable_prefix_caching=config.enable_prefix_caching,
+            reuse_uncached_first=self._rules.reuse_uncached_first,
+        )
+        self.kv = KVCacheManager(
+            pool,
+            block_size=config.block_size,
+            max_model_len=config.max_model_len,
+            watermark_blocks=int(config.watermark * config.num_gpu_blocks),
+        )
+        self.waiting = WAITING_QUEUES[config.policy]()
+        self.running: list[Request] = []
+        # vLLM makes one more call after a request finishes, to pass its id on to the workers.
+        self._finished_ids_to_flush = False
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether any request waits or runs."""
+        return bool(self.running) or len(self.waiting) > 0
+
+    @property
+    def has_requests(self) -> bool:
+        """Whether the engine calls schedule() (`Scheduler.has_requests`)."""
+        return self.has_unfinished or self._finished_ids_to_flush
+
+    def add(self, request: Request) -> None:
+        """Take in an arrived request."""
+        self.waiting.add(request)
+
+    def schedule(self) -> StepPlan:
+        """Decide the next step: running requests in list order, then, if nobody was preempted, waiting ones."""
+        num_evicted = self.kv.pool.num_evicted
+        call = _Call(self._config.max_num_batched_tokens, self._long_prefill_threshold())
+        self._schedule_running(call)
+        if not call.preempted:
+            self._schedule_waiting(call)
+        plan = self._plan(call, num_evicted)
+        self._finished_ids_to_flush = False
+        return plan
+
+    def _long_prefill_threshold(self) -> int:
+        # 0.32: a request that is alone starves nobody, so it may use the whole budget.
+        alone = len(self.running) + len(self.waiting) <= 1
+        exempt = alone and self._rules.lone_request_ignores_long_prefill_threshold
+        return 0 if exempt else self._config.long_prefill_token_threshold
+
+    def _schedule_running(self, call: _Call) -> None:
+        index = 0
+        while index < len(self.running) and call.budget > 0:
+            request = self.running[index]
+            num_new_tokens = self._num_running_tokens(request, call)
+            if num_new_tokens == 0:
+                index += 1
+                continue
+            while not self.kv.can_grow(request, num_new_tokens):
+                victim, index = self._preempt(call, index)
+                if victim is request:
+                    return
+            self.kv.grow(request, num_new_tokens)
+            call.take(request, num_new_tokens)
+            index += 1
+
+    def _num_running_tokens(self, request: Request, call: _Call) -> int:
+        """New tokens of a running request; 0 if the tokens in flight complete its output."""
+        in_flight = request.num_output_placeholders
+        end = request.num_prompt_tokens + request.max_tokens
+        if in_flight > 0 and request.num_computed_tokens + 2 - in_flight >= end:
+            return 0
+        num_tokens = call.cut(request.num_tokens + in_flight - request.num_computed_tokens)
+        # The position after the input, where the sampled token goes, must stay within the model's length.
+        return min(num_tokens, call.budget, self._config.max_model_len - 1 - request.num_computed_tokens)
+
+    def _preempt(self, call: _Call, index: int) -> tuple[Request, int]:
+        """Take the blocks from a victim; returns it and where the loop over `running` goes on."""
+        if self._config.policy == "fcfs":
+            victim = self.running.pop()
+        else:
+            victim = max(self.running, key=lambda request: (request.priority, request.arrival_ns))
+            place = self.running.index(victim)
+            del self.running[place]
+            was_scheduled = call.take_back(victim)
+            stood_before = place < index if self._rules.victim_place_moves_index else was_scheduled
+            index -= stood_before
+        self.kv.free(victim)
+        victim.status = Status.WAITING
+        victim.num_computed_tokens = 0
+        victim.num_preemptions += 1
+        if self._rules.hold_back_stale_output:
+            victim.num_stale_output_tokens = victim.num_in_flight_tokens
+            victim.num_output_placeholders = 0
+        self.waiting.put_back(victim)
+        call.preempted.append(victim)
+        return victim, index
+
+    def _schedule_waiting(self, call: _Call) -> None:
+        passed_over = []
+        while self.waiting and call.budget > 0 and len(self.running) < self._config.max_num_seqs:
+            request = self.waiting.peek()
+            if request.num_stale_output_tokens:
+                # Its token from before the preemption is still to come: resuming now could sample it twice.
+                passed_over.append(self.waiting.pop())
+                continue
+            hits = self.kv.computed_blocks(request)
+            num_new_tokens = call.cut(request.num_tokens - len(hits) * self._config.block_size)
+            if num_new_tokens > call.budget and not self._config.enable_chunked_prefill:
+                break
+            num_new_tokens = min(num_new_tokens, call.budget)
+            if not self._can_admit(request, num_new_tokens, hits):
+                break
+            self.waiting.pop()
+            self.kv.admit(request, hits)
+            self.kv.grow(request, num_new_tokens)
+            request.status = Status.RUNNING
+            self.running.append(request)
+            call.take(request, num_new_tokens)
+        for request in reversed(passed_over):
+            self.waiting.put_back(request)
+
+    def _can_admit(self, request: Request, num_new_tokens: int, hits: list[int]) -> bool:
+        return self.kv.can_admit(
+            request,
+            num_new_tokens,
+            hits,
+            whole_sequence=self._config.scheduler_reserve_full_isl,
+            watermark=bool(self.running),
+        )
+
+    def _plan(self, call: _Call, num_evicted_before: int) -> StepPlan:
+        """Advance the scheduled requests (`_update_after_schedule`) and describe the step."""
+        cache_lens, samples = [], []
+        for request, num_tokens in call.tokens.items():
+            cache_lens.append(request.num_computed_tokens)
+            request.num_computed_tokens += num_tokens
+            request.num_in_flight_tokens += num_tokens
+            known = request.num_tokens + request.num_output_placeholders
+            reaches_end = request.num_computed_tokens >= known
+            samples.append(reaches_end)
+            if reaches_end and self._config.async_scheduling:
+                request.num_output_placeholders += 1
+        return StepPlan(
+            requests=list(call.tokens),
+            cache_lens=cache_lens,
+            input_lens=list(call.tokens.values()),
+            samples=samples,
+            preempted=call.preempted,
+            num_waiting=len(self.waiting),
+            num_running=len(self.running),
+            num_free_blocks=self.kv.pool.num_free,
+            num_evicted_blocks=self.kv.pool.num_evicted - num_evicted_before,
+        )
+
+    def update(self, plan: StepPlan) -> list[Request]:
+        """Take in a step's tokens; returns the requests that finish with it, in order.
+
+        Blocks are freed in the order of the batch, which fixes the order of the free queue.
+        """
+        finished = []
+        for request, num_tokens, sampled in zip(plan.requests, plan.input_lens, plan.samples, strict=True):
+            request.num_in_flight_tokens -= num_tokens
+            stale = request.num_stale_output_tokens > 0
+            if stale:
+                request.num_stale_output_tokens -= num_tokens
+            if sampled and self._take_token(request, stale=stale):
+                finished.append(request)
+        self._retire(finished)
+        return finished
+
+    def _take_token(self, request: Request, *, stale: bool) -> bool:
+        """One more output token is known; returns whether it is the last."""
+        request.num_output_tokens += 1
+        if self._config.async_scheduling:
+            if not stale:
+                request.num_output_placeholders -= 1
+            if request.status is Status.RUNNING:
+                self.kv.cache_computed(request)
+        at_limit = request.num_tokens >= self._config.max_model_len
+        if request.num_output_tokens < request.max_tokens and not at_limit:
+            return False
+        self.kv.free(request)
+        return True
+
+    def _retire(self, finished: list[Request]) -> None:
+        if not finished:
+            return
+        for request in finished:
+            if request.status is Status.WAITING:  # preempted with its last token in flight
+                self.waiting.remove(request)
+            request.status = Status.FINISHED
+        self.running = [request for request in self.running if request.status is Status.RUNNING]
+        self._finished_ids_to_flush = True
