@@ -40,7 +40,7 @@ def relative_error(measured: float, simulated: float) -> float:
 
 def relative_errors(measured: FloatArray, simulated: FloatArray) -> FloatArray:
     """simulated / measured - 1 of each pair; NaN where measured <= 0."""
-    ratio = np.full(len(measured), np.nan)
+    ratio: FloatArray = np.full(len(measured), np.nan)
     np.divide(simulated, measured, out=ratio, where=measured > 0)
     return ratio - 1
 
@@ -113,11 +113,13 @@ def weighted_quantile(values: FloatArray, q: float) -> Statistic:
     ranked = values[order]
 
     def statistic(weights: FloatArray) -> FloatArray:
-        drawn = np.cumsum(weights[:, order], axis=1)
+        drawn: FloatArray = np.cumsum(weights[:, order], axis=1)
         position = q * (drawn[:, -1] - 1)
         low = np.floor(position)
-        below, above = (ranked[np.count_nonzero(drawn <= k[:, None], axis=1)] for k in (low, np.ceil(position)))
-        return below + (above - below) * (position - low)
+        below = ranked[np.count_nonzero(drawn <= low[:, None], axis=1)]
+        above = ranked[np.count_nonzero(drawn <= np.ceil(position)[:, None], axis=1)]
+        value: FloatArray = below + (above - below) * (position - low)
+        return value
 
     return statistic
 
@@ -134,8 +136,9 @@ def value_of(statistic: Statistic, n: int) -> float:
 
 
 def _divide(top: FloatArray, bottom: FloatArray) -> FloatArray:
-    out = np.full(top.shape, np.nan)
-    return np.divide(top, bottom, out=out, where=bottom > 0)
+    out: FloatArray = np.full(top.shape, np.nan)
+    np.divide(top, bottom, out=out, where=bottom > 0)
+    return out
 
 
 # ---- the block bootstrap -------------------------------------------------------------------------------------

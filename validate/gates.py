@@ -1,0 +1,140 @@
+"""Gates: how large an error a target accepts, as written in the `[gates]` table of its target.toml.
+
+[gates]
+ttft = 0.05                                          # mean, p50, p90 and p99 of TTFT: at most 5 % off
+ttft_p99 = 0.10                                      # the more specific name wins
+step_mape = { max_error = 0.10, floor_factor = 1.5 } # the larger of 10 % and 1.5 x the noise floor
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from os import PathLike
+from typing import Any, Final
+
+from kvtwin.traces.errors import InputError
+from kvtwin.validate.result import Check, Verdict
+
+TIMES: Final = ("ttft", "tpot", "latency")
+STATISTICS: Final = ("mean", "p50", "p90", "p99")
+REGIMES: Final = ("prefill", "decode", "mixed")
+
+# A family's gate holds for each of its members. The per-request MAPE is in no family: it is several times the error
+# of a mean, so one number cannot serve both.
+FAMILIES: Final[Mapping[str, tuple[str, ...]]] = {
+    **{time: tuple(f"{time}_{statistic}" for statistic in STATISTICS) for time in TIMES},
+    "step_mape": tuple(f"step_mape_{regime}" for regime in REGIMES),
+}
+
+MAX_ERROR: Final = 1.0
+MAX_FACTOR: Final = 100.0
+
+# Every metric that a Check may carry.
+METRICS: Final = (
+    *(name for time in TIMES for name in (*FAMILIES[time], f"{time}_mape")),
+    "throughput",
+    "step_mape",
+    *FAMILIES["step_mape"],
+    "step_bias",
+    "step_mean_error",
+    "step_p50_ape",
+    "step_p90_ape",
+    "step_p99_ape",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """The largest |error| allowed: max(max_error, floor_factor x noise floor).
+
+    Attributes:
+        max_error: as a fraction of the measurement (0.05 is 5 %).
+        floor_factor: multiples of the noise floor; 0 ignores it. Without repeats only `max_error` counts.
+    """
+
+    max_error: float
+    floor_factor: float = 0.0
+
+    def threshold(self, noise_floor: float | None) -> float:
+        """The largest |error| allowed for a metric with this noise floor."""
+        return max(self.max_error, self.floor_factor * noise_floor) if noise_floor is not None else self.max_error
+
+
+Gates = Mapping[str, Gate]
+
+NO_GATES: Final[Gates] = {}
+
+
+def parse_gates(table: Mapping[str, Any], path: str | PathLike[str] | None = None) -> dict[str, Gate]:
+    """Read a `[gates]` table.
+
+    Args:
+        table: metric or family name to a number, or to {max_error = ..., floor_factor = ...}.
+        path: the file it stands in, for messages.
+
+    Raises:
+        InputError: an unknown name (with the closest known one), or a value that is no fraction from 0 to 1.
+    """
+    if not isinstance(table, Mapping):
+        raise InputError(f"{table!r} is not a table of metric = max error", path=path, column="gates")
+    return {name: _gate(name, value, path) for name, value in table.items()}
+
+
+def judge(check: Check, gates: Gates) -> Check:
+    """Return `check` with its threshold and verdict.
+
+    Within the noise floor nothing can be told apart, so no gate is asked: "not distinguishable". An error that could
+    not be computed (NaN) fails its gate.
+    """
+    gate = find_gate(check.metric, gates)
+    threshold = None if gate is None else gate.threshold(check.noise_floor)
+    return replace(check, threshold=threshold, verdict=_verdict(abs(check.error), check.noise_floor, threshold))
+
+
+def find_gate(metric: str, gates: Gates) -> Gate | None:
+    """The gate of a metric: its own, else that of its family, else None."""
+    if metric in gates:
+        return gates[metric]
+    return next((gates[family] for family, members in FAMILIES.items() if metric in members and family in gates), None)
+
+
+def _verdict(error: float, noise_floor: float | None, threshold: float | None) -> Verdict:
+    if noise_floor is not None and error <= noise_floor:
+        return "not distinguishable"
+    if threshold is None:
+        return "no gate"
+    return "pass" if error <= threshold else "fail"
+
+
+def _gate(name: str, value: Any, path: str | PathLike[str] | None) -> Gate:
+    column = f"gates.{name}"
+    known = (*METRICS, *(family for family in FAMILIES if family not in METRICS))
+    if name not in known:
+        close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)
+        raise InputError(f"unknown metric; did you mean {close[0]!r}?", path=path, column=column)
+    if not isinstance(value, Mapping):
+        return Gate(_number(value, path, column, limit=MAX_ERROR))
+    unknown = sorted(str(key) for key in value if key not in ("max_error", "floor_factor"))
+    if unknown:
+        problem = f"unknown key {unknown[0]!r}; known: max_error, floor_factor"
+        raise InputError(problem, path=path, column=column)
+    if "max_error" not in value:
+        raise InputError("max_error is missing: it holds where there is no noise floor", path=path, column=column)
+    factor = _number(value.get("floor_factor", 0.0), path, f"{column}.floor_factor", limit=MAX_FACTOR)
+    return Gate(_number(value["max_error"], path, f"{column}.max_error", limit=MAX_ERROR), factor)
+
+
+def _number(value: Any, path: str | PathLike[str] | None, column: str, limit: float) -> float:
+    """A number from 0 to `limit`; TOML's booleans, nan and inf are none."""
+    nan = isinstance(value, float) and math.isnan(value)
+    if nan or isinstance(value, bool) or not isinstance(value, int | float):
+        raise InputError(f"{value!r} is not a number", path=path, column=column)
+    if value < 0:
+        raise InputError(f"{value!r} is negative", path=path, column=column)
+    if value > limit:
+        hint = ": an error is a fraction of the measurement (0.05 for 5 %)" if limit == MAX_ERROR else ""
+        raise InputError(f"{value!r} is above {limit:g}{hint}", path=path, column=column)
+    return float(value)
