@@ -1,0 +1,44 @@
+"""The report as GitHub-flavoured Markdown, for a CI summary or a pull-request comment."""
+
+from __future__ import annotations
+
+import html
+import re
+
+from kvtwin.reports.words import cells, noise_floor_sentence, summary, title, verdict_word
+from kvtwin.validate.result import Check, TargetReport
+
+_HEADINGS = ("run", "level", "metric", "measured", "simulated", "error", "95 % interval", "noise floor", "gate")
+_MARKS = {"pass": "✅", "fail": "❌", "not distinguishable": "≈", "not judged": "⚪", "no gate": "⚪"}
+
+
+def render_markdown(report: TargetReport) -> str:
+    """The verdict, the summary, and the table of checks; every text from outside is escaped."""
+    verdict = verdict_word(report)
+    lines = [f"## {_MARKS[verdict]} {verdict}: {escape(title(report))}", "", escape(summary(report)), ""]
+    if report.checks:
+        lines.append(f"| {' | '.join(_HEADINGS)} | verdict |")
+        lines.append("|---|---|---|" + "---:|" * (len(_HEADINGS) - 3) + "---|")
+        lines += [_row(check) for check in report.checks]
+        lines.append("")
+    notes = dict.fromkeys(check.note for check in report.checks if check.note)
+    floors = dict.fromkeys(noise_floor_sentence(comparison) for comparison in report.comparisons)
+    lines += [f"- {escape(text)}" for text in [*notes, *floors] if text]
+    return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def escape(text: str) -> str:
+    """Make a text inert in a Markdown table cell: no markup, no HTML, no new cell, no new line.
+
+    >>> escape("a|b <i>*c*</i>")
+    'a\\\\|b &lt;i&gt;\\\\*c\\\\*&lt;/i&gt;'
+    """
+    flat = html.escape(" ".join(text.split()), quote=False)
+    return re.sub(r"([\\`*_\[\]|~#!$])", r"\\\1", flat)
+
+
+def _row(check: Check) -> str:
+    shown = cells(check)
+    texts = [shown.run, shown.level, shown.metric, shown.measured, shown.simulated, shown.error]
+    texts += [shown.interval, shown.noise_floor, shown.threshold]
+    return f"| {' | '.join(escape(text) for text in texts)} | {_MARKS[check.verdict]} {check.verdict} |"
