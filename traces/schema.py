@@ -47,8 +47,9 @@ REQUESTS: Final = _schema(
             "block_hashes",
             pa.list_(pa.uint64()),
             "",
-            "one id per block of prompt tokens, equal where the prefix up to its end is equal; "
-            "the block size is run.json's hash_block_tokens; the last block may be partial",
+            "one id per block of prompt tokens: two prompts share their first k + 1 blocks exactly where entries 0 to k "
+            "are all equal (workload.prefix_blocks chains them); the block size is run.json's hash_block_tokens; "
+            "the last block may be partial, or have no entry",
         ),
     ],
 )

@@ -1,0 +1,93 @@
+"""Readers of public formats: one file each, `read(path) -> Run`.
+
+`READERS` maps a format's name to its reader, `detect` names the format of a path, `read_run` does both. Tables that
+are not runs have readers of their own: `llmservingsim_profile.read_kernel_profile`, `allreduce.read_allreduce`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Final
+
+from kvtwin.traces.errors import InputError
+from kvtwin.traces.readers import (
+    azure2023,
+    kvtwin_jsonl,
+    llmservingsim_run,
+    llmservingsim_workload,
+    mooncake,
+    vllm_recording,
+)
+from kvtwin.traces.readers.text import find_optional, read_jsonl, read_lines
+from kvtwin.traces.run import INFO_FILE, Run
+
+READERS: Final[Mapping[str, Callable[[Path], Run]]] = {
+    "kvtwin": Run.open,
+    "kvtwin_jsonl": kvtwin_jsonl.read,
+    "vllm_recording": vllm_recording.read,
+    "llmservingsim_run": llmservingsim_run.read,
+    "llmservingsim_workload": llmservingsim_workload.read,
+    "mooncake": mooncake.read,
+    "azure2023": azure2023.read,
+}
+
+# Fields that only one JSON-lines format has (all of them must be there), most telling first.
+_JSONL_FIELDS: Final[Mapping[str, frozenset[str]]] = {
+    "mooncake": frozenset({"timestamp", "input_length", "hash_ids"}),
+    "llmservingsim_workload": frozenset({"input_toks", "arrival_time_ns"}),
+    "kvtwin_jsonl": frozenset({"request_id", "input_length"}),
+}
+_AZURE_HEADER: Final = "TIMESTAMP,ContextTokens,GeneratedTokens"
+
+
+def read_run(path: str | os.PathLike[str], format_name: str | None = None) -> Run:
+    """Read a run or workload of any known format; without a name, `detect` finds it.
+
+    Raises:
+        InputError: unknown format, or whatever its reader finds wrong.
+    """
+    name = format_name or detect(path)
+    if name not in READERS:
+        raise InputError(f"unknown format {name!r}; known: {', '.join(READERS)}", path=path)
+    return READERS[name](Path(path))
+
+
+def detect(path: str | os.PathLike[str]) -> str:
+    """Name the format of a path, by the files of a folder or the first line of a file.
+
+    Raises:
+        InputError: nothing there, or no known format.
+    """
+    place = Path(path)
+    if not place.exists():
+        raise InputError("no such file or folder", path=place)
+    name = _detect_folder(place) if place.is_dir() else _detect_file(place)
+    if name is None:
+        raise InputError(f"not a format that kvtwin reads; known: {', '.join(READERS)}", path=place)
+    return name
+
+
+def _detect_folder(folder: Path) -> str | None:
+    if (folder / INFO_FILE).is_file():
+        return "kvtwin"
+    if find_optional(folder, "requests.jsonl") is None:
+        return None
+    if find_optional(folder, "steps.jsonl") is not None:
+        return "vllm_recording"
+    return "llmservingsim_run" if find_optional(folder, "meta.json") is not None else None
+
+
+def _detect_file(path: Path) -> str | None:
+    first = next((line for _, line in islice(read_lines(path), 1)), "")
+    if first.replace(" ", "") == _AZURE_HEADER:
+        return "azure2023"
+    if not first.lstrip().startswith("{"):
+        return None
+    fields = set(next(islice(read_jsonl(path), 1)).values)
+    return next((name for name, needed in _JSONL_FIELDS.items() if needed <= fields), None)
+
+
+__all__ = ["READERS", "detect", "read_run"]
