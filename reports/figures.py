@@ -21,6 +21,7 @@ from kvtwin.reports import queue
 from kvtwin.reports.numbers import count, number, percent
 from kvtwin.traces.run import Run
 from kvtwin.traces.time import NS_PER_MS, NS_PER_S
+from kvtwin.validate.e2e import request_metrics
 from kvtwin.validate.result import Comparison
 from kvtwin.validate.stats import relative_errors
 
@@ -36,6 +37,7 @@ _MINUS = "\N{MINUS SIGN}"
 
 # Regimes in reading order: colour and marker differ, so that neither is needed to tell them apart.
 _REGIMES = {"prefill": "circle", "decode": "diamond", "mixed": "square"}
+_TIMES = {"ttft": "Time to first token", "tpot": "Time per output token"}
 _MEASURED: Mapping[str, Any] = {"color": "var(--measured)", "width": 2.5}
 _SIMULATED: Mapping[str, Any] = {"color": "var(--simulated)", "width": 2, "dash": "6px,3px"}
 
@@ -62,10 +64,10 @@ class Figure:
 def figures(comparison: Comparison, max_parity_points: int = MAX_PARITY_POINTS) -> list[Figure]:
     """All figures of one comparison, in reading order."""
     runs = (comparison.measured, comparison.simulated)
+    metrics = [request_metrics(run, comparison.clock) for run in runs]
     return [
         *_step_figures(comparison.predictions, max_parity_points),
-        _latency_figure("ttft", "Time to first token", *(_ttft_ms(run, comparison.clock) for run in runs)),
-        _latency_figure("tpot", "Time per output token", *(_tpot_ms(run) for run in runs)),
+        *(_latency_figure(key, title, *(times[f"{key}_ms"] for times in metrics)) for key, title in _TIMES.items()),
         _queue_figure(*runs),
     ]
 
@@ -132,15 +134,16 @@ def _parity_figure(title: str, steps: _Steps, max_points: int) -> Figure:
     groups = steps.groups()
     traces: list[dict[str, Any]] = []
     shown = 0
-    for index, (name, rows) in enumerate(groups):
-        # Each regime gets an even part of the points, so that a few prefills do not drown in many decodes.
+    # The rarest regime is thinned least and painted last, so that a few prefills do not drown in many decodes.
+    for index, (name, rows) in enumerate(sorted(groups, key=lambda group: int(group[1].sum()))):
         allowed = (max_points - shown) // (len(groups) - index)
         kept = np.flatnonzero(rows)[_evenly(int(rows.sum()), allowed)]
         shown += kept.size
-        for outside in (False, True):
-            part = kept[steps.extrapolated[kept] == outside]
-            if part.size:
-                traces.append(_parity_points(steps, part, name, outside))
+        parts = {outside: kept[steps.extrapolated[kept] == outside] for outside in (False, True)}
+        for outside in (True, False):
+            if parts[outside].size:
+                named = not outside or not parts[False].size
+                traces.insert(0, _parity_points(steps, parts[outside], name, outside, named))
     low, high = _log_range(np.concatenate([steps.measured_ms, steps.predicted_ms]))
     traces = [*_parity_lines(low, high), *traces]
     axis = {"type": "log", "range": [low, high], "minor": {"ticks": ""}, **_log_ticks(low, high)}
@@ -150,13 +153,16 @@ def _parity_figure(title: str, steps: _Steps, max_points: int) -> Figure:
     return Figure("parity", title, _parity_text(steps, shown), {"data": traces, "layout": layout})
 
 
-def _parity_points(steps: _Steps, rows: npt.NDArray[np.intp], name: str, outside: bool) -> dict[str, Any]:
+def _parity_points(steps: _Steps, rows: npt.NDArray[np.intp], name: str, outside: bool, named: bool) -> dict[str, Any]:
     symbol = _REGIMES.get(name, "cross")
-    label = f"{name}, outside the fitted domain" if outside else name
+    label = f"{name}, outside the fitted domain" if outside else name  # on hovering; the legend stays short
     return {
         "type": "scatter",
         "mode": "markers",
-        "name": label,
+        "name": name,
+        "legendgroup": name,
+        "showlegend": named,
+        "legendrank": 1001 + [*_REGIMES, "other"].index(name),  # in reading order, whatever is painted first
         "x": _rounded(steps.measured_ms[rows]),
         "y": _rounded(steps.predicted_ms[rows]),
         "text": steps.number[rows].tolist(),
@@ -200,7 +206,11 @@ def _parity_text(steps: _Steps, shown: int) -> str:
         f"{percent(float(np.mean(np.abs(error))), signed=False)}."
     )
     outside = int(steps.extrapolated.sum())
-    return f"{text} {count(outside, 'step')} outside the domain that the profile was fitted on." if outside else text
+    return (
+        f"{text} {count(outside, 'step')} (hollow) outside the domain that the profile was fitted on."
+        if outside
+        else text
+    )
 
 
 def _error_figure(title: str, steps: _Steps) -> Figure:
@@ -219,35 +229,21 @@ def _error_figure(title: str, steps: _Steps) -> Figure:
 
 
 def _error_text(curves: Sequence[tuple[str, Floats, str]]) -> str:
-    parts = []
-    for name, values, _ in curves:
-        low, middle, high = (percent(float(q) / 100) for q in np.quantile(values, [0.05, 0.5, 0.95]))
-        parts.append(f"{name} ({values.size:,}): median {middle}, 90 % of them between {low} and {high}")
-    return f"Signed error, by regime. {'; '.join(parts)}."
+    """Of all steps (the last curve) where 90 % of the errors lie; of each regime the median."""
+    every = curves[-1][1]
+    low, middle, high = (percent(float(q) / 100) for q in np.quantile(every, [0.05, 0.5, 0.95]))
+    parts = [f"{name} {percent(float(np.median(values)) / 100)} ({values.size:,})" for name, values, _ in curves[:-1]]
+    by_regime = f" Median by regime, with its number of steps: {', '.join(parts)}."
+    return f"Median {middle}; 90 % of the steps between {low} and {high}.{by_regime if len(curves) > 1 else ''}"
 
 
 # -- requests ---------------------------------------------------------------------------------------------
 
 
-def _ttft_ms(run: Run, clock: str) -> Floats:
-    """TTFT of the requests where it is known, in ms."""
-    table = run.requests
-    values: Floats = pc.subtract(table["first_token_ns"], table[clock]).drop_null().to_numpy() / NS_PER_MS
-    return values
-
-
-def _tpot_ms(run: Run) -> Floats:
-    """Mean time per output token after the first, in ms, of the requests with at least two."""
-    table = run.requests.filter(pc.greater(run.requests["output_tokens"], 1))
-    spent = pc.subtract(table["finish_ns"], table["first_token_ns"])
-    known = pc.is_valid(spent)
-    tokens = table["output_tokens"].filter(known).to_numpy() - 1
-    values: Floats = spent.drop_null().to_numpy() / tokens / NS_PER_MS
-    return values
-
-
 def _latency_figure(key: str, title: str, measured: Floats, simulated: Floats) -> Figure:
+    """Each run's distribution of its own; requests whose time is unknown (NaN) are left out."""
     title = f"{title} ({key.upper()})"
+    measured, simulated = (values[np.isfinite(values)] for values in (measured, simulated))
     if not (measured.size and simulated.size):
         empty = "recording" if not measured.size else "simulation"
         return Figure(key, title, f"The {empty} has no known {key.upper()}.", None)
@@ -293,8 +289,10 @@ def _queue_figure(measured: Run, simulated: Run) -> Figure:
     for side, start, name, line in zip(
         lengths, starts, ("measured", "simulated"), (_MEASURED, _SIMULATED), strict=True
     ):
-        data.append(_queue_trace(side.running, start, name, line, row=""))
-        data.append({**_queue_trace(side.waiting, start, name, line, row="2"), "showlegend": False})
+        # The measured curve is an area and the simulated one a line: dashes would fray on so many corners.
+        fill = {"fill": "tozeroy", "fillcolor": "var(--measured-fill)"} if name == "measured" else {}
+        data.append({**_queue_trace(side.running, start, name, line, row=""), **fill})
+        data.append({**_queue_trace(side.waiting, start, name, line, row="2"), **fill, "showlegend": False})
     layout = _layout(
         xaxis={"title": {"text": "seconds since the first arrival"}, "anchor": "y2"},
         yaxis={"title": {"text": "running"}, "domain": [0.54, 1], "rangemode": "tozero"},
@@ -319,7 +317,7 @@ def _queue_trace(curve: queue.Curve, start: int, name: str, line: Mapping[str, A
         "x": _rounded((times - start) / NS_PER_S, 6),
         "y": _rounded(values),
         "yaxis": f"y{row}",
-        "line": {**line, "shape": "hv", "width": 1.5},
+        "line": {**line, "shape": "hv", "width": 1.5, "dash": "solid"},
         "hovertemplate": "%{x} s: %{y}<extra>" + name + "</extra>",
     }
 
@@ -378,9 +376,7 @@ def _log_range(values: Floats) -> tuple[float, float]:
 def _log_ticks(low: float, high: float) -> dict[str, Any]:
     """1, 2, 5 within two decades; whole decades beyond, where more labels would touch."""
     return (
-        {"dtick": "D2"}
-        if high - low < 0.5
-        else {"tickvals": _ladder(low, high, (1, 2, 5) if high - low < 2.5 else (1,))}
+        {"dtick": "D2"} if high - low < 0.5 else {"tickvals": _ladder(low, high, (1, 2, 5) if high - low < 3 else (1,))}
     )
 
 
@@ -420,5 +416,6 @@ def _layout(xaxis: Mapping[str, Any], yaxis: Mapping[str, Any], **more: Any) -> 
         "hoverlabel": {"bgcolor": "var(--panel)", "bordercolor": "var(--line)", "font": {"color": "var(--ink)"}},
         "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
         "hovermode": "closest",
+        "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": "var(--muted)", "activecolor": "var(--ink)"},
         **more,
     }

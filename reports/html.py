@@ -117,7 +117,7 @@ def _header(report: TargetReport) -> str:
 <h1>{_text(title(report))}</h1>
 {f'<p class="description">{_text(description)}</p>' if description else ""}
 <div class="lead"><span class="badge {_verdict_class(verdict)}">{_MARKS[verdict]} {verdict}</span>
-<p id="summary">{_text(summary(report))}</p></div>
+<p id="summary">{_typeset(summary(report))}</p></div>
 <dl class="facts">{pairs}</dl>
 <nav aria-label="Contents"><ul>{items}</ul></nav>
 </div></header>"""
@@ -134,11 +134,11 @@ def _checks_section(checks: Sequence[Check]) -> str:
     return f"""<section aria-labelledby="checks-heading">
 <h2 id="checks-heading">Checks</h2>
 <p class="soft">Each row compares one number of the simulation with the recording. The error is relative to the
-measurement: simulated / measured &minus; 1.</p>
+measurement: simulated / measured &minus; 1. In the picture of each row, the dot is the error and the bar its 95&nbsp;%
+interval, between the limits that the gate allows; the shaded band is the noise floor.</p>
 <form id="filters" class="filters" hidden>{selects}<output id="shown" aria-live="polite"></output></form>
 <div class="panel scroll" tabindex="0" role="region" aria-label="Table of checks">
-<table id="checks"><caption>Within the gates: the dot is the error and the bar its 95 % interval, between the gate's two
-limits; the shaded band is the noise floor, the spread of repeated real recordings.</caption>
+<table id="checks"><caption>Every check of every recorded run</caption>
 <thead><tr>{heads}</tr></thead>
 <tbody>
 {"".join(_check_row(check) for check in checks)}</tbody></table></div>
@@ -156,9 +156,10 @@ _HEADS = (
     ("95 % interval", "", False),
     ("Noise floor", "number", False),
     ("Gate", "number", False),
+    ("Verdict", "text", True),
     ("Within the gates", "", False),
     ("n", "number", False),
-    ("Verdict", "text", True),
+    ("Note", "", True),
 )
 
 
@@ -169,22 +170,21 @@ def _column_head(name: str, sort: str, is_text: bool) -> str:
 
 def _check_row(check: Check) -> str:
     shown = cells(check)
-    note = f'<span class="note">{_text(check.note)}</span>' if check.note else ""
-    name = f'<span class="metric">{_text(check.metric)}</span>{note}'
     mark = f"{_MARKS[check.verdict]} {check.verdict}"
     columns = [
         f'<td class="text">{_text(shown.run)}</td>',
         f'<td class="text">{_text(shown.level)}</td>',
-        f'<th scope="row" class="text" data-value="{_text(check.metric)}">{name}</th>',
+        f'<th scope="row" class="text" data-value="{_text(check.metric)}"><code>{_text(check.metric)}</code></th>',
         _number_cell(check.measured, shown.measured),
         _number_cell(check.simulated, shown.simulated),
         _number_cell(check.error, shown.error, "error"),
         f"<td>{_typeset(shown.interval)}</td>",
         _number_cell(check.noise_floor, shown.noise_floor),
         _number_cell(check.threshold, shown.threshold),
+        f'<td class="text"><span class="verdict {_verdict_class(check.verdict)}">{mark}</span></td>',
         f"<td>{_strip(check)}</td>",
         _number_cell(check.n, shown.n),
-        f'<td class="text"><span class="verdict {_verdict_class(check.verdict)}">{mark}</span></td>',
+        f'<td class="text note">{_text(check.note)}</td>',
     ]
     return f"<tr {_row_data(shown)}>{''.join(columns)}</tr>\n"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import re
+from collections.abc import Sequence
 
 from kvtwin.reports.words import cells, noise_floor_sentence, summary, title, verdict_word
 from kvtwin.validate.result import Check, TargetReport
@@ -21,10 +22,9 @@ def render_markdown(report: TargetReport) -> str:
         lines.append("|---|---|---|" + "---:|" * (len(_HEADINGS) - 3) + "---|")
         lines += [_row(check) for check in report.checks]
         lines.append("")
-    notes = dict.fromkeys(check.note for check in report.checks if check.note)
     floors = dict.fromkeys(noise_floor_sentence(comparison) for comparison in report.comparisons)
-    lines += [f"- {escape(text)}" for text in [*notes, *floors] if text]
-    return "\n".join(lines).rstrip("\n") + "\n"
+    lines += [f"- {escape(text)}" for text in floors if text]
+    return "\n".join([*lines, *_notes(report.checks)]).rstrip("\n") + "\n"
 
 
 def escape(text: str) -> str:
@@ -35,6 +35,18 @@ def escape(text: str) -> str:
     """
     flat = html.escape(" ".join(text.split()), quote=False)
     return re.sub(r"([\\`*_\[\]|~#!$])", r"\\\1", flat)
+
+
+def _notes(checks: Sequence[Check]) -> list[str]:
+    """The notes of all checks, folded away; each once, with the metrics that it is about."""
+    about: dict[str, list[str]] = {}
+    for check in checks:
+        if check.note:
+            about.setdefault(check.note, []).append(f"{check.metric} of {check.run}")
+    if not about:
+        return []
+    lines = [f"- {escape(note)}: {escape(', '.join(metrics))}" for note, metrics in about.items()]
+    return ["", "<details><summary>Notes on the checks</summary>", "", *lines, "", "</details>"]
 
 
 def _row(check: Check) -> str:

@@ -116,7 +116,8 @@ def _share_of_gate(check: Check) -> float:
 
 def _gate_sentence(check: Check) -> str:
     shown = cells(check)
-    return f"{check.metric} of {check.run} with an error of {shown.error} (gate {shown.threshold})"
+    error = "no value" if shown.error == MISSING else f"an error of {shown.error}"
+    return f"{check.metric} of {check.run} with {error} (gate {shown.threshold})"
 
 
 def _with_unit(value: float, unit: str) -> str:

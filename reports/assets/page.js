@@ -60,7 +60,7 @@
   const specs = JSON.parse(byId("figures").textContent);
   const plots = [...document.querySelectorAll(".plot")];
   const drawn = new Set();
-  const config = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d"] };
+  const config = { responsive: true, displaylogo: false, modeBarButtons: [["toImage", "resetScale2d"]] };
 
   // plotly knows no CSS variables: every "var(--name)" becomes the colour that the theme gives it now.
   function themed(value, style) {
