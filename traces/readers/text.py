@@ -9,11 +9,12 @@ import csv
 import gzip
 import hashlib
 import json
+import math
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 import numpy as np
 
@@ -221,10 +222,12 @@ class Columns:
             raise InputError(f"{self[column][at]} {problem}", path=self.path, row=self.rows[at], column=column)
 
 
-def read_csv(path: Path, kinds: Mapping[str, type], optional: Mapping[str, type] | None = None) -> Columns:
+def read_csv(
+    path: Path, kinds: Mapping[str, type], optional: Mapping[str, type] | None = None, blank: str | None = None
+) -> Columns:
     """Read a CSV file with a header line: every column of `kinds` and no unknown one; cells as str, int or float.
 
-    A column without a name (a data frame's index) is left out.
+    A column without a name (a data frame's index) is left out. In the float column `blank` an empty cell is NaN.
 
     Raises:
         InputError: as `read_lines`; a column missing or unknown; a row too short or too long; a cell of another type;
@@ -248,7 +251,9 @@ def read_csv(path: Path, kinds: Mapping[str, type], optional: Mapping[str, type]
         cells.append(fields)
     if not rows:
         raise InputError("holds no rows", path=path)
-    columns = dict(zip(header, zip(*cells, strict=True), strict=True))
+    columns: dict[str, Sequence[str | None]] = dict(zip(header, zip(*cells, strict=True), strict=True))
+    if blank is not None and blank in columns:
+        columns[blank] = tuple(cell or None for cell in columns[blank])
     values = {name: _convert(columns[name], known[name], path, rows, name) for name in header if name}
     return Columns(path, rows, values)
 
@@ -262,30 +267,25 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
             raise InputError(f"not CSV ({error})", path=path, row=row) from error
 
 
-def _convert(cells: tuple[str, ...], kind: type, path: Path, rows: list[int], column: str) -> np.ndarray:
+def _convert(cells: Sequence[str | None], kind: type, path: Path, rows: list[int], column: str) -> np.ndarray:
     if kind is str:
         return np.array(cells, dtype=object)
-    try:
-        values = np.array([kind(cell) for cell in cells], dtype=np.int64 if kind is int else np.float64)
-    except (ValueError, OverflowError):
-        values = np.array([])
-    if values.size and (kind is int or np.isfinite(values).all()):
-        return values
     for row, cell in zip(rows, cells, strict=True):
-        if not _is_number(cell, kind):
+        if cell is not None and not _is_number(cell, kind):
             raise InputError(f"{_show(cell)} is not {_NAMES[kind]}", path=path, row=row, column=column)
-    raise InputError(f"not {_NAMES[kind]}s", path=path, column=column)
+    return np.array([math.nan if cell is None else kind(cell) for cell in cells], _DTYPES[kind])
 
 
-_NAMES = {int: "an integer of 64 bits", float: "a finite number"}
+_NAMES: Final = {int: "an integer of 64 bits", float: "a finite number"}
+_DTYPES: Final = {int: np.int64, float: np.float64}
 
 
 def _is_number(cell: str, kind: type) -> bool:
     try:
         value = kind(cell)
-        return bool(np.isfinite(value)) if kind is float else abs(value) < 1 << 63
-    except (ValueError, OverflowError):
+    except ValueError:
         return False
+    return math.isfinite(value) if kind is float else abs(value) < 1 << 63
 
 
 def provenance(path: Path, reader: str, files: list[Path], **more: Any) -> dict[str, Any]:
