@@ -61,10 +61,8 @@ def _import(args: argparse.Namespace) -> int:
 
 
 def _with_info(run: Run, changes: dict[str, Any]) -> Run:
-    from kvtwin.traces.run import Run as RunClass
-
     tables = {key: getattr(run, key) for key in ("requests", "steps", "cache") if run.has(key)}
-    return RunClass(replace(run.info, **changes), tables)
+    return type(run)(replace(run.info, **changes), tables)
 
 
 def _as_text(summary: dict[str, Any], indent: str = "") -> str:
