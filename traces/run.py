@@ -4,6 +4,8 @@
     RUN/requests.parquet    one row per request, by arrival
     RUN/steps.parquet       optional: one row per engine step
     RUN/cache.parquet       optional: one row per cache event
+
+Every column is described in schema.py.
 """
 
 from __future__ import annotations
@@ -175,7 +177,7 @@ def _read_info(folder: Path) -> RunInfo:
         raise InputError("no run.json here: expected a run folder", path=folder)
     try:
         head = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise InputError(f"not readable as JSON ({error})", path=path) from error
     if not isinstance(head, dict):
         raise InputError("expected a JSON object", path=path)
@@ -183,9 +185,21 @@ def _read_info(folder: Path) -> RunInfo:
     if version != SCHEMA_VERSION:
         raise InputError(f"schema_version is {version!r}; this kvtwin reads {SCHEMA_VERSION}", path=path)
     head.pop("rows", None)
-    if head.get("kind") not in ("recorded", "simulated", "workload"):
-        raise InputError(f"kind is {head.get('kind')!r}; expected recorded, simulated or workload", path=path)
     unknown = sorted(set(head) - set(RunInfo.__dataclass_fields__))
     if unknown:
         raise InputError(f"unknown key {unknown[0]!r}; known: {', '.join(RunInfo.__dataclass_fields__)}", path=path)
+    _check_info(head, path)
     return RunInfo(**head)
+
+
+def _check_info(head: Mapping[str, Any], path: Path) -> None:
+    """Refuse values of other kinds than RunInfo says: a run.json may come from anywhere."""
+    if head.get("kind") not in ("recorded", "simulated", "workload"):
+        raise InputError(f"kind is {head.get('kind')!r}; expected recorded, simulated or workload", path=path)
+    for key, value in head.items():
+        if key in ("engine", "hardware", "model") and not isinstance(value, str | None):
+            raise InputError(f"{value!r} is not a string", path=path, column=key)
+        if key in ("engine_config", "source", "metrics") and not isinstance(value, dict):
+            raise InputError(f"{value!r} is not a JSON object", path=path, column=key)
+        if key == "hash_block_tokens" and value is not None and not (type(value) is int and 1 <= value <= 1 << 20):
+            raise InputError(f"{value!r}: 1 to {1 << 20} tokens expected", path=path, column=key)
