@@ -1,0 +1,146 @@
+"""The step level: what a profile says each recorded batch takes, beside what it took."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from kvtwin.sim.latency.stats import BatchStats
+from kvtwin.traces.time import to_ms
+from kvtwin.validate import stats
+from kvtwin.validate.gates import NO_GATES, REGIMES, Gates, judge
+from kvtwin.validate.result import PREDICTIONS, Check
+from kvtwin.validate.stats import FloatArray, Statistic
+
+NAN: Final = float("nan")
+
+# The metrics that can be negative; the others are sizes.
+SIGNED: Final = ("step_bias", "step_mean_error")
+
+
+def regimes(batches: BatchStats) -> npt.NDArray[np.str_]:
+    """ "prefill", "decode" or "mixed" of each batch; a member with one new token is a decode."""
+    prefill, decode = batches.num_prefill > 0, batches.num_decode > 0
+    return np.select([prefill & decode, prefill], ["mixed", "prefill"], "decode")
+
+
+def durations_ns(steps: pa.Table) -> npt.NDArray[np.int64]:
+    """How long the model ran in each step: end_ns - start_ns."""
+    durations: npt.NDArray[np.int64] = steps.column("end_ns").to_numpy() - steps.column("start_ns").to_numpy()
+    return durations
+
+
+def build_predictions(
+    steps: pa.Table,
+    predicted_ns: npt.NDArray[np.int64],
+    extrapolated: npt.NDArray[np.bool_] | None = None,
+) -> pa.Table:
+    """The table of schema PREDICTIONS of a recorded run.
+
+    Args:
+        steps: its `steps` table; no batch is empty.
+        predicted_ns: what the model says, one per row.
+        extrapolated: whether the batch lies outside the profile's domain; None where that is unknown.
+    """
+    batches = BatchStats.of_steps(steps)
+    columns = {
+        "step": steps.column("step"),
+        "start_ns": steps.column("start_ns"),
+        "measured_ns": durations_ns(steps),
+        "predicted_ns": predicted_ns,
+        "regime": regimes(batches),
+        "num_reqs": batches.num_reqs,
+        "num_tokens": batches.num_tokens,
+        "context_tokens": batches.decode_context + batches.prefill_context,
+        "extrapolated": pa.nulls(steps.num_rows, pa.bool_()) if extrapolated is None else extrapolated,
+    }
+    return pa.table(columns, schema=PREDICTIONS)
+
+
+def step_statistics(measured: FloatArray, predicted: FloatArray, regime: npt.NDArray[np.str_]) -> dict[str, Statistic]:
+    """Every step metric by name, as a statistic of weighted rows. `measured` is positive throughout.
+
+    step_mape: mean |relative error|, and of each regime that occurs; step_pNN_ape: its quantiles;
+    step_bias: relative error of the total time; step_mean_error: mean of the signed relative errors.
+    """
+    error = stats.relative_errors(measured, predicted)
+    size = np.abs(error)
+    return {
+        "step_mape": stats.weighted_mean(size),
+        **{f"step_mape_{name}": stats.weighted_mean(size, regime == name) for name in REGIMES if name in regime},
+        "step_bias": stats.ratio_of_sums(predicted, measured),
+        "step_mean_error": stats.weighted_mean(error),
+        **{f"step_p{q}_ape": stats.weighted_quantile(size, q / 100) for q in (50, 90, 99)},
+    }
+
+
+def compare_steps(
+    predictions: pa.Table,
+    *,
+    name: str,
+    floor: Mapping[str, float] | None = None,
+    gates: Gates = NO_GATES,
+    seed: int = 0,
+) -> list[Check]:
+    """Judge the predicted step times of one recorded run.
+
+    Args:
+        predictions: table of schema PREDICTIONS, in any order.
+        name: the recorded run's name.
+        floor: noise floor by metric (`noise.step_floor(...).metrics`); None without repeats.
+        gates: see `gates.parse_gates`.
+        seed: of the bootstrap.
+
+    Returns:
+        Judged checks; none if no step has a positive duration. A regime that does not occur has no check.
+    """
+    table = predictions.sort_by([("start_ns", "ascending"), ("step", "ascending")])
+    table = table.filter(pa.array(table.column("measured_ns").to_numpy() > 0))
+    n = table.num_rows
+    if n == 0:
+        return []
+    measured, predicted = (table.column(key).to_numpy().astype(np.float64) for key in ("measured_ns", "predicted_ns"))
+    regime = np.array(table.column("regime").to_pylist())
+    statistics = step_statistics(measured, predicted, regime)
+    length = stats.block_length(stats.relative_errors(measured, predicted))
+    intervals = stats.bootstrap(n, length, statistics, stats.stream(seed, f"{name}/step"))
+    notes = _notes(table, length, dropped=predictions.num_rows - n)
+    checks = []
+    for metric, statistic in statistics.items():
+        total = metric == "step_bias"
+        check = Check(
+            run=name,
+            level="step",
+            metric=metric,
+            unit="ms" if total else "%",
+            measured=to_ms(measured.sum()) if total else NAN,
+            simulated=to_ms(predicted.sum()) if total else NAN,
+            error=stats.value_of(statistic, n),
+            interval=stats.usable(intervals[metric], _count(metric, regime), size=metric not in SIGNED),
+            n=_count(metric, regime),
+            noise_floor=None if floor is None else floor.get(metric),
+            note=notes,
+        )
+        checks.append(judge(check, gates))
+    return checks
+
+
+def _count(metric: str, regime: npt.NDArray[np.str_]) -> int:
+    """Steps that a metric rests on."""
+    name = metric.removeprefix("step_mape_")
+    return int(np.count_nonzero(regime == name)) if name in REGIMES else len(regime)
+
+
+def _notes(table: pa.Table, length: int, dropped: int) -> str:
+    parts = [f"interval from blocks of {length} steps"]
+    known = table.column("extrapolated").drop_null()
+    if len(known):
+        outside = np.count_nonzero(known.to_numpy(zero_copy_only=False)) / table.num_rows
+        parts.append(f"{outside:.1%} of the steps lie outside the profile's domain")
+    if dropped:
+        parts.append(f"{dropped} steps that took no time left out")
+    return "; ".join(parts)
