@@ -1,0 +1,330 @@
+"""The end-to-end level: TTFT, TPOT, latency and throughput of a recorded run beside its simulation.
+
+Both are Runs, so the same code compares two recordings, two versions, or another simulator's output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from kvtwin.traces.errors import InputError
+from kvtwin.traces.run import Run
+from kvtwin.traces.time import NS_PER_MS, NS_PER_S
+from kvtwin.validate import noise, stats
+from kvtwin.validate.gates import NO_GATES, STATISTICS, TIMES, Gates, judge
+from kvtwin.validate.result import Check
+from kvtwin.validate.stats import FloatArray, Interval, Statistic
+
+Clock = Literal["queued_ns", "arrival_ns"]
+Rows = npt.NDArray[np.bool_]
+
+NAN: Final = float("nan")
+QUANTILES: Final = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
+
+
+def request_metrics(run: Run, clock: Clock) -> dict[str, FloatArray]:
+    """Each request's times in milliseconds, in the order of the `requests` table; NaN where unknown.
+
+    Args:
+        run: any Run.
+        clock: what TTFT and latency count from: "queued_ns" (the engine's loop has the request) or "arrival_ns" (the
+            client has sent it).
+
+    Returns:
+        "ttft_ms": clock to first token; "tpot_ms": (finish - first token) / (output tokens - 1), NaN for a single
+        output token; "latency_ms": clock to last token.
+
+    Raises:
+        InputError: the run does not know `clock` of any request, or a time runs backwards.
+    """
+    table = run.requests
+    start = table.column(clock)
+    if table.num_rows and start.null_count == table.num_rows:
+        problem = "is unknown in this run; compare by the other clock (arrival_ns or queued_ns)"
+        raise InputError(problem, path=run.path, column=clock)
+    gaps = table.column("output_tokens").to_numpy() - 1
+    decode = _elapsed_ms(run, "first_token_ns", "finish_ns")
+    tpot: FloatArray = np.full(len(gaps), np.nan)
+    np.divide(decode, gaps, out=tpot, where=gaps > 0)
+    return {
+        "ttft_ms": _elapsed_ms(run, clock, "first_token_ns"),
+        "tpot_ms": tpot,
+        "latency_ms": _elapsed_ms(run, clock, "finish_ns"),
+    }
+
+
+def compare_e2e(
+    measured: Run,
+    simulated: Run,
+    *,
+    name: str,
+    clock: Clock,
+    repeats: Sequence[Run] = (),
+    gates: Gates = NO_GATES,
+    seed: int = 0,
+) -> list[Check]:
+    """Judge the simulation of one recorded run, request by request and as distributions.
+
+    Args:
+        measured, simulated: the two runs; the same requests, in any order.
+        name: the recorded run's name.
+        clock: see `request_metrics`.
+        repeats: all recordings of this workload, `measured` among them; fewer than two give no noise floor.
+        gates: see `gates.parse_gates`.
+        seed: of the bootstrap.
+
+    Returns:
+        Judged checks: mean, p50, p90, p99 and per-request MAPE of TTFT, TPOT and latency, and throughput. Requests
+        that the recording knows no time of are left out. Where the simulation lacks a time that was measured, the
+        error is NaN, which fails a gate: leaving the request out would flatter a twin that never finishes it.
+
+    Raises:
+        InputError: a request is in one run only, or does other work in the other run; see also `request_metrics`.
+    """
+    order = _rows_of(measured, simulated, "the simulated run")
+    _refuse_other_work(measured, simulated, order)
+    again = [_Side.of(run, clock).take(_rows_of(measured, run, "a repeated recording")) for run in repeats]
+    pair = _Pair(_Side.of(measured, clock), _Side.of(simulated, clock).take(order), again, name, seed)
+    checks = [check for time in TIMES for check in _time_checks(pair, time)]
+    return [judge(check, gates) for check in (*checks, _throughput_check(pair))]
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One run's times, rows in the order of the measured run."""
+
+    times: Mapping[str, FloatArray]  # by name in TIMES, ms
+    start_ns: FloatArray
+    finish_ns: FloatArray
+    tokens: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, run: Run, clock: Clock) -> _Side:
+        metrics = request_metrics(run, clock)
+        # From the first start on: floats hold such spans exactly, epoch nanoseconds they do not.
+        origin = pc.min(run.requests.column(clock))
+        start, finish = (_floats(pc.subtract(run.requests.column(key), origin)) for key in (clock, "finish_ns"))
+        times = {time: metrics[f"{time}_ms"] for time in TIMES}
+        return cls(times, start, finish, run.requests.column("output_tokens").to_numpy())
+
+    def take(self, rows: npt.NDArray[np.int64]) -> _Side:
+        times = {time: values[rows] for time, values in self.times.items()}
+        return _Side(times, self.start_ns[rows], self.finish_ns[rows], self.tokens[rows])
+
+    def served(self) -> Rows:
+        """Requests with a known start and finish."""
+        return np.isfinite(self.start_ns) & np.isfinite(self.finish_ns)
+
+    def completions(self, rows: Rows) -> tuple[FloatArray, FloatArray]:
+        """Seconds since the completion before (for the first one, since the first start), and its tokens."""
+        order = np.argsort(self.finish_ns[rows], kind="stable")
+        finish = self.finish_ns[rows][order]
+        gaps = np.diff(finish, prepend=self.start_ns[rows].min()) / NS_PER_S
+        return gaps, self.tokens[rows][order].astype(np.float64)
+
+    def throughput(self, rows: Rows) -> float:
+        """Output tokens per second between the first start and the last finish; NaN without either."""
+        if not rows.any():
+            return NAN
+        gaps, tokens = self.completions(rows)
+        span = float(gaps.sum())
+        return float(tokens.sum()) / span if span > 0 else NAN
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """What all checks of one comparison share."""
+
+    measured: _Side
+    simulated: _Side
+    repeats: Sequence[_Side]
+    name: str
+    seed: int
+
+    def intervals(
+        self, key: str, influence: FloatArray, statistics: Mapping[str, Statistic]
+    ) -> tuple[dict[str, Interval], str]:
+        """Intervals, and how they came about; `influence`: each row's pull on the error, in order."""
+        length = stats.block_length(influence)
+        rng = stats.stream(self.seed, f"{self.name}/{key}")
+        return stats.bootstrap(len(influence), length, statistics, rng), f"interval from blocks of {length} requests"
+
+    def check(self, metric: str, unit: str, found: _Finding, n: int, note: str) -> Check:
+        """The Check of one metric, not yet judged."""
+        return Check(
+            run=self.name,
+            level="e2e",
+            metric=metric,
+            unit=unit,
+            measured=found.measured,
+            simulated=found.simulated,
+            error=found.error,
+            interval=found.interval,
+            n=n,
+            noise_floor=found.floor,
+            note=note,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Finding:
+    """The numbers of one metric; the defaults say that it could not be computed."""
+
+    measured: float = NAN
+    simulated: float = NAN
+    error: float = NAN
+    interval: Interval | None = None
+    floor: float | None = None
+
+
+def _time_checks(pair: _Pair, time: str) -> list[Check]:
+    """The checks of TTFT, TPOT or latency; none where no request can have one (TPOT of single tokens)."""
+    measured, simulated = pair.measured.times[time], pair.simulated.times[time]
+    possible = pair.measured.tokens > 1 if time == "tpot" else np.ones(len(measured), np.bool_)
+    if not possible.any():
+        return []
+    known = np.isfinite(measured)
+    n, notes = int(known.sum()), _gaps_in(known, possible, np.isfinite(simulated))
+    metrics = [f"{time}_{statistic}" for statistic in (*STATISTICS, "mape")]
+    findings = [_Finding()] * len(metrics)
+    if n and np.isfinite(simulated[known]).all():
+        findings, how = _time_findings(pair, time, known)
+        notes = [how, *notes]
+    paired = ["", "", "", "", "paired: each request with itself"]
+    return [
+        pair.check(metric, "%" if more else "ms", found, n, "; ".join([more] * bool(more) + notes))
+        for metric, found, more in zip(metrics, findings, paired, strict=True)
+    ]
+
+
+def _time_findings(pair: _Pair, time: str, known: Rows) -> tuple[list[_Finding], str]:
+    """mean, p50, p90, p99 and per-request MAPE of the `known` requests, and how the intervals were made."""
+    measured, simulated = pair.measured.times[time][known], pair.simulated.times[time][known]
+    errors, positive = stats.relative_errors(measured, simulated), measured > 0
+    statistics = {
+        "mean": stats.ratio_of_sums(simulated, measured),
+        **{name: stats.quantile_ratio(measured, simulated, q) for name, q in QUANTILES.items()},
+        "mape": stats.weighted_mean(np.abs(np.where(positive, errors, 0.0)), positive),
+    }
+    influence = _share(simulated) - _share(measured)
+    intervals, how = pair.intervals(time, influence, statistics)
+    repeats = [side.times[time] for side in pair.repeats]
+    repeats = [values[np.isfinite(repeats).all(axis=0)] for values in repeats]
+    findings = []
+    for name in STATISTICS:
+        values = (_summary(measured, name), _summary(simulated, name))
+        floor = noise.rms_floor([_summary(values, name) for values in repeats if values.size])
+        findings.append(
+            _Finding(*values, stats.relative_error(*values), stats.usable(intervals[name], len(measured)), floor)
+        )
+    error = stats.value_of(statistics["mape"], len(measured))
+    findings.append(
+        _Finding(
+            NAN, NAN, error, stats.usable(intervals["mape"], len(measured), size=True), noise.paired_floor(repeats)
+        )
+    )
+    return findings, how
+
+
+def _throughput_check(pair: _Pair) -> Check:
+    """Output tokens per second. Its interval resamples completions: gaps between them, and their tokens."""
+    known, simulated = pair.measured.served(), pair.simulated.served()
+    n, notes = int(known.sum()), _gaps_in(known, np.ones(len(known), np.bool_), simulated)
+    found = _Finding()
+    if n and simulated[known].all():
+        one, two = pair.measured.completions(known), pair.simulated.completions(known)
+        influence = _share(two[0]) - _share(one[0])
+        intervals, how = pair.intervals("throughput", influence, {"rate": stats.rate_error(*one, *two)})
+        values = (pair.measured.throughput(known), pair.simulated.throughput(known))
+        floor = noise.rms_floor([side.throughput(side.served()) for side in pair.repeats])
+        found = _Finding(*values, stats.relative_error(*values), stats.usable(intervals["rate"], n), floor)
+        notes = [how, *notes]
+    return pair.check("throughput", "tokens/s", found, n, "; ".join(notes))
+
+
+def _summary(values: FloatArray, statistic: str) -> float:
+    return float(values.mean() if statistic == "mean" else np.quantile(values, QUANTILES[statistic]))
+
+
+def _share(values: FloatArray) -> FloatArray:
+    """Each value relative to the mean of all; zeros where that mean is zero."""
+    mean = float(values.mean())
+    return values / mean if mean else np.zeros(len(values))
+
+
+def _gaps_in(known: Rows, possible: Rows, simulated: Rows) -> list[str]:
+    """What a reader must know about requests that lack a time in either run."""
+    unknown, lost = int((possible & ~known).sum()), int((known & ~simulated).sum())
+    notes = [f"{unknown} requests without a recorded time left out"] if unknown else []
+    if lost:
+        notes.append(f"error: {lost} of {int(known.sum())} recorded times are missing in the simulation")
+    return notes
+
+
+def _rows_of(measured: Run, other: Run, what: str) -> npt.NDArray[np.int64]:
+    """Row of `other` of each request of `measured`.
+
+    Raises:
+        InputError: a request is in one of the two only.
+    """
+    wanted, held = (run.requests.column("request_id").combine_chunks() for run in (measured, other))
+    rows = pc.index_in(wanted, value_set=held)
+    should = "both must hold the same requests"
+    if rows.null_count:
+        row = pc.index(rows.is_null(), True).as_py()
+        problem = f"{wanted[row].as_py()!r} is not among the requests of {what} ({_place(other)}); {should}"
+        raise InputError(problem, path=measured.path, row=row, column="request_id")
+    if len(held) > len(wanted):
+        row = pc.index(pc.is_in(held, value_set=wanted), False).as_py()
+        problem = (
+            f"{held[row].as_py()!r} of {what} is not among those of the measured run ({_place(measured)}); {should}"
+        )
+        raise InputError(problem, path=other.path, row=row, column="request_id")
+    return np.asarray(rows, dtype=np.int64)
+
+
+def _place(run: Run) -> str:
+    return "in memory" if run.path is None else str(run.path)
+
+
+def _refuse_other_work(measured: Run, simulated: Run, order: npt.NDArray[np.int64]) -> None:
+    """Refuse runs in which a request that finished has other lengths: their times measure different things."""
+    finished = measured.requests.column("finish_ns").is_valid().to_numpy()
+    for column in ("input_tokens", "output_tokens"):
+        one, two = measured.requests.column(column).to_numpy(), simulated.requests.column(column).to_numpy()[order]
+        differs = np.flatnonzero(finished & (one != two))
+        if differs.size:
+            row = int(differs[0])
+            name = measured.requests.column("request_id")[row].as_py()
+            problem = (
+                f"{name!r} has {one[row]} in the measured run and {two[row]} in the simulated run; replay its lengths"
+            )
+            raise InputError(problem, path=measured.path, row=row, column=column)
+
+
+def _floats(column: pa.ChunkedArray) -> FloatArray:
+    """Nanoseconds as floats (exact up to 2^53 ns, 104 days), NaN for null."""
+    values: FloatArray = column.cast(pa.float64(), safe=False).to_numpy()
+    return values
+
+
+def _elapsed_ms(run: Run, start: str, end: str) -> FloatArray:
+    """Milliseconds between two columns, NaN where either is null.
+
+    Raises:
+        InputError: the end is before the start.
+    """
+    table = run.requests
+    elapsed = pc.subtract(table.column(end), table.column(start))
+    row = pc.index(pc.less(elapsed, 0), True).as_py()
+    if row >= 0:
+        problem = f"{table.column(end)[row].as_py()} is before {start} ({table.column(start)[row].as_py()})"
+        raise InputError(problem, path=run.path, row=row, column=end)
+    return _floats(elapsed) / NS_PER_MS
