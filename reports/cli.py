@@ -51,12 +51,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command (default: `sys.argv`) and return its exit code; never a traceback for a user's mistake."""
     try:
-        args = build_parser().parse_args(argv)
-        code: int = args.run(args)
+        code = _run(argv)
         sys.stdout.flush()  # a reader that went away shows here, not while the interpreter shuts down
         return code
-    except SystemExit as stop:  # argparse: --help, --version, usage errors
-        return stop.code if isinstance(stop.code, int) else 0
     except BrokenPipeError:
         _discard_stdout()
         return _EXIT_BROKEN_PIPE
@@ -66,6 +63,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (KvtwinError, OSError) as error:
         print(f"kvtwin: error: {_one_line(error)}", file=sys.stderr)
         return _EXIT_BAD_INPUT
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    try:
+        args = build_parser().parse_args(argv)
+    except SystemExit as stop:  # argparse: --help, --version, usage errors
+        return stop.code if isinstance(stop.code, int) else 0
+    code: int = args.run(args)
+    return code
 
 
 def _one_line(error: Exception) -> str:

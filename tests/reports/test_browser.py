@@ -146,7 +146,7 @@ def test_the_keyboard_reaches_the_checks_first(driver: Any, report: TargetReport
 def test_figures_follow_light_and_dark(driver: Any, report: TargetReport, tmp_path: Path) -> None:
     line = "document.querySelector('#figure-0-ttft .js-line').style.stroke"
     show(driver, report, tmp_path)
-    colours = []
+    colours: list[str] = []
     for scheme in ("light", "dark"):
         media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
         driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
