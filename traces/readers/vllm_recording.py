@@ -85,12 +85,14 @@ def _request_columns(asked: list[kvtwin_jsonl.Request], path: Path) -> dict[str,
     """
     order = {request.request_id: request for request in asked}
     seen: dict[str, dict[str, Any]] = {}
+    read_times = _seen_by_oracle
     for row in read_jsonl(path):
+        if row.number == 1 and row.has("due_s"):
+            read_times = _seen_by_client
         name = row.text("request_id")
         if name in seen or name not in order:
             row.fail("request_id", f"{name!r} occurs twice" if name in seen else f"{name!r} is not in the trace")
-        seen[name] = _seen_by_client(row) if "due_s" in row.values else _seen_by_oracle(row)
-        seen[name] |= _lengths(row, order[name])
+        seen[name] = {**read_times(row), **_lengths(row, order[name])}
     missing = [name for name in order if name not in seen]
     if missing:
         raise InputError(f"{missing[0]!r} of the trace is missing here", path=path, column="request_id")

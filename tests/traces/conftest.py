@@ -1,0 +1,143 @@
+"""One small hand-written sample of every format, so that a clone without the real measurements tests every reader."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvtwin.traces.readers import vllm_recording
+
+Sample = Callable[[Path], Path]
+Rows = list[dict[str, Any]]
+
+TRACE: Rows = [
+    {"request_id": "a", "arrival_s": 0.25, "input_length": 5, "output_length": 2, "hash_ids": [7, 8]},
+    {"request_id": "b", "arrival_s": 0.25, "input_length": 3, "output_length": 1, "hash_ids": [9], "priority": -1},
+    {"request_id": "c", "arrival_s": 0.5, "input_length": 8, "output_length": 1, "hash_ids": [7, 8]},
+]
+CONFIG = {"block_size": 2, "hash_id_tokens": 4, "max_num_seqs": 2}
+CLIENT: Rows = [  # of an engine recording; b reached the scheduler before a
+    {"request_id": "a", "due_s": 0.25, "arrival_ns": 250000300, "ttft_s": 0.01, "tpot_s": 0.02, "e2e_s": 0.03},
+    {"request_id": "b", "due_s": 0.25, "arrival_ns": 250000200, "ttft_s": 0.01, "tpot_s": 0.0, "e2e_s": 0.01},
+    {"request_id": "c", "due_s": 0.5, "arrival_ns": 500000001, "ttft_s": 0.1, "tpot_s": 0.0, "e2e_s": 0.1},
+]
+LENGTHS = ("input_length", "output_length")
+REQUESTS: Rows = [{**row, **{k: asked[k] for k in LENGTHS}} for row, asked in zip(CLIENT, TRACE, strict=True)]
+COUNTS = {"num_waiting": 0, "num_running": 2, "free_blocks": 9}
+STEPS: Rows = [
+    {"step": 0, "t_sched_ns": 250001000, "t_start_ns": 250002000, "t_end_ns": 260000000, "t_update_ns": 260000500,
+     "scheduled": [["b", 0, 3], ["a", 0, 5]], "preempted": [], "finished": ["b"], **COUNTS},
+    {"step": 1, "t_sched_ns": 260001000, "t_start_ns": 260002000, "t_end_ns": 280000000, "t_update_ns": 280000500,
+     "scheduled": [["a", 5, 1]], "preempted": [], "finished": ["a"], **COUNTS},
+    {"step": 2, "t_sched_ns": 500001000, "t_start_ns": 500002000, "t_end_ns": 550000000, "t_update_ns": 550000500,
+     "scheduled": [["c", 4, 2]], "preempted": ["c"], "finished": [], **COUNTS},
+    {"step": 3, "t_sched_ns": 550001000, "t_start_ns": 550002000, "t_end_ns": 600000000, "t_update_ns": 600000500,
+     "scheduled": [["c", 0, 8]], "preempted": [], "finished": ["c"], **COUNTS},
+]  # fmt: skip
+
+BENCH: Rows = [
+    {"request_id": "bench-0", "input_toks": 10, "output_toks": 2, "arrival_time": 1777142838.338653123,
+     "queued_ts": 100.5, "scheduled_ts": 100.6, "first_token_ts": 100.7, "last_token_ts": 100.8},
+    {"request_id": "bench-1", "input_toks": 20, "output_toks": 3, "arrival_time": 1777142839.338653123,
+     "queued_ts": 101.500000007, "scheduled_ts": 101.6, "first_token_ts": 101.7, "last_token_ts": 101.8},
+]  # fmt: skip
+BENCH_TEXT = [  # a Python float would lose the last digits of the epoch stamps
+    json.dumps(row).replace(str(row["arrival_time"]), f"{second}.338653123")
+    for row, second in zip(BENCH, (1777142838, 1777142839), strict=True)
+]
+BENCH_META = {
+    "model": "llama",
+    "vllm_version": "0.19.0",
+    "engine_kwargs": {"model": "llama", "max_num_seqs": 128, "max_model_len": None},
+}
+WORKLOAD: Rows = [
+    {"input_toks": 33, "output_toks": 2, "arrival_time_ns": 5, "input_tok_ids": [*range(32), 99], "output_tok_ids": []},
+    {"input_toks": 32, "output_toks": 1, "arrival_time_ns": 5, "input_tok_ids": [*range(16), *range(50, 66)]},
+]
+MOONCAKE: Rows = [
+    {"timestamp": 0, "input_length": 513, "output_length": 5, "hash_ids": [3, 4]},
+    {"timestamp": 3001, "input_length": 512, "output_length": 1, "hash_ids": [3]},
+]
+AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
+2023-11-16 18:15:59.9999999,374,44
+2023-11-16 18:16:00.0000001,396,109
+"""
+
+
+def write_jsonl(path: Path, rows: Rows) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def make_recording(folder: Path) -> Path:
+    target = folder / "recording"
+    target.mkdir()
+    for name, rows in (("trace", TRACE), ("requests", REQUESTS), ("steps", STEPS)):
+        write_jsonl(target / f"{name}.jsonl", rows)
+    (target / "config.json").write_text(json.dumps(CONFIG))
+    (target / "summary.json").write_text(json.dumps({"vllm": "0.32.0", "threads": 1}))
+    return target
+
+
+def make_bench(folder: Path) -> Path:
+    target = folder / "bench"
+    target.mkdir()
+    (target / "requests.jsonl").write_text("\n".join(BENCH_TEXT))
+    (target / "meta.json").write_text(json.dumps(BENCH_META))
+    return target
+
+
+def make_azure(folder: Path) -> Path:
+    path = folder / "azure.csv.gz"
+    path.write_bytes(gzip.compress(AZURE.encode()))
+    return path
+
+
+SAMPLES: Mapping[str, Sample] = {
+    "kvtwin": lambda folder: vllm_recording.read(make_recording(folder)).write(folder / "run"),
+    "kvtwin_jsonl": lambda folder: make_tiny_trace(folder),
+    "vllm_recording": make_recording,
+    "llmservingsim_run": make_bench,
+    "llmservingsim_workload": lambda folder: write_jsonl(folder / "workload.jsonl", WORKLOAD),
+    "mooncake": lambda folder: write_jsonl(folder / "mooncake.jsonl", MOONCAKE),
+    "azure2023": make_azure,
+}
+
+
+def make_tiny_trace(folder: Path) -> Path:
+    """The trace with one hash per prompt, as blocks of 512 tokens (the format's default) ask for."""
+    rows = [{**row, "hash_ids": row["hash_ids"][:1]} for row in TRACE]
+    return write_jsonl(folder / "requests.kvtwin.jsonl", rows)
+
+
+@pytest.fixture(scope="session")
+def samples() -> Mapping[str, Sample]:
+    """For each format, a function that writes its sample into a folder and returns the path to read."""
+    return SAMPLES
+
+
+KERNELS = {
+    "attention": "prefill_chunk,kv_prefill,n_decode,kv_decode,time_us\n0,0,1,16,8.5\n16,0,1,16,9.5\n",
+    "dense": "layer,tokens,time_us\nact_fn,1,2.5\nact_fn,2,2.75\n",
+    "per_sequence": "layer,sequences,time_us\nlm_head,1,700\n",
+    "skew": "regime,n,nb,ratio,skew,pc,kp,kvs,kv_big,kv_mean,t_mean_us,t_max_us,t_skew_us,alpha\n"
+    "pure,2,1,0.5,4.0,0,0,128,512,320,46.5,50.1,47.4,0.25\npure,2,1,0.5,4.0,0,0,16,64,40,30,30,30,\n",
+    "moe": "tokens,activated_experts,time_us\n1,8,50.25\n",
+}
+
+
+@pytest.fixture
+def kernel_profile(tmp_path: Path) -> Path:
+    """A kernel profile folder with tp1 (all tables) and tp2 (no skew, no moe)."""
+    folder = tmp_path / "bf16"
+    for degree, names in ((1, [*KERNELS]), (2, ["attention", "dense", "per_sequence"])):
+        (folder / f"tp{degree}").mkdir(parents=True)
+        for name in names:
+            (folder / f"tp{degree}" / f"{name}.csv").write_text(KERNELS[name])
+    (folder / "meta.yaml").write_text("vllm_version: 0.19.0\nmeasurement_iterations: 3\ntp_degrees: [1, 2]\n")
+    return folder
