@@ -20,18 +20,28 @@ def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
 
     info = commands.add_parser("info", help="counts, rates, lengths and prefix sharing of a run or trace")
     info.add_argument("path", type=Path, metavar="PATH", help="run folder, recording folder or trace file" + formats)
-    info.add_argument("--format", metavar="NAME", help="the format's name (default: detected)")
+    _add_format(info)
     info.add_argument("--json", action="store_true", help="print one JSON document")
     info.set_defaults(run=_info)
 
     load = commands.add_parser("import", help="read any known format and write it as a run folder")
     load.add_argument("path", type=Path, metavar="PATH", help="recording folder or trace file" + formats)
     load.add_argument("-o", "--output", type=Path, required=True, metavar="RUN", help="new folder to write")
-    load.add_argument("--format", metavar="NAME", help="the format's name (default: detected)")
+    _add_format(load)
     load.add_argument("--hardware", metavar="TEXT", help="what it ran on, kept in run.json")
     load.add_argument("--model", metavar="TEXT", help="the model served, kept in run.json")
     load.add_argument("--json", action="store_true", help="print one JSON document")
     load.set_defaults(run=_import)
+
+
+def _add_format(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--format", metavar="NAME", help="the format's name (default: detected)")
+    parser.add_argument(
+        "--hash-block-tokens",
+        type=int,
+        metavar="N",
+        help="tokens per block hash, where the format leaves it open (default: 512 for hash_ids, 16 for token ids)",
+    )
 
 
 def _info(args: argparse.Namespace) -> int:
@@ -39,7 +49,7 @@ def _info(args: argparse.Namespace) -> int:
     from kvtwin.traces.readers import detect, read_run
 
     name = args.format or detect(args.path)
-    summary = {"path": str(args.path), "format": name, **describe(read_run(args.path, name))}
+    summary = {"path": str(args.path), "format": name, **describe(read_run(args.path, name, args.hash_block_tokens))}
     print(json.dumps(summary, indent=1, allow_nan=False) if args.json else _as_text(summary))
     return 0
 
@@ -50,7 +60,7 @@ def _import(args: argparse.Namespace) -> int:
 
     refuse_existing(args.output)
     name = args.format or detect(args.path)
-    run = read_run(args.path, name)
+    run = read_run(args.path, name, args.hash_block_tokens)
     given = {key: getattr(args, key) for key in ("hardware", "model") if getattr(args, key) is not None}
     target = _with_info(run, given).write(args.output)
     rows = {key: getattr(run, key).num_rows for key in ("requests", "steps", "cache") if run.has(key)}

@@ -28,6 +28,7 @@ from kvtwin.traces.schema import SCHEMA_VERSION, TABLES
 from kvtwin.traces.table import check_table
 
 INFO_FILE = "run.json"
+MAX_HASH_BLOCK_TOKENS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -201,5 +202,9 @@ def _check_info(head: Mapping[str, Any], path: Path) -> None:
             raise InputError(f"{value!r} is not a string", path=path, column=key)
         if key in ("engine_config", "source", "metrics") and not isinstance(value, dict):
             raise InputError(f"{value!r} is not a JSON object", path=path, column=key)
-        if key == "hash_block_tokens" and value is not None and not (type(value) is int and 1 <= value <= 1 << 20):
-            raise InputError(f"{value!r}: 1 to {1 << 20} tokens expected", path=path, column=key)
+        if key == "hash_block_tokens" and value is not None and not _is_block_size(value):
+            raise InputError(f"{value!r}: 1 to {MAX_HASH_BLOCK_TOKENS} tokens expected", path=path, column=key)
+
+
+def _is_block_size(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= MAX_HASH_BLOCK_TOKENS

@@ -129,6 +129,16 @@ def test_duplicate_ids(name: str, samples: Samples, tmp_path: Path) -> None:
         read_run(path, name)
 
 
+@pytest.mark.parametrize("stamp", ["0e999999999999999999999", "1e-99999999999999999999"])
+def test_exponents_beyond_decimals(stamp: str, samples: Samples, tmp_path: Path) -> None:
+    path = samples["llmservingsim_run"](tmp_path)
+    lines = (path / "requests.jsonl").read_text().splitlines()
+    lines[0] = _spoil(lines[0], "queued_ts", stamp)
+    (path / "requests.jsonl").write_text("\n".join(lines))
+    with pytest.raises(InputError, match=r"row 1, queued_ts: .* is not a number of seconds"):
+        read_run(path)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from kvtwin.traces import Run
+from kvtwin.traces import InputError, Run
 from kvtwin.traces.cli import add_commands
 from kvtwin.traces.readers import READERS
 from kvtwin.traces.schema import REQUESTS
@@ -61,6 +61,20 @@ def test_info_of_an_empty_run(tmp_path: Path, cli: Cli) -> None:
     Run(RunInfo("workload"), {"requests": REQUESTS.empty_table()}).write(tmp_path / "run")
     summary = json.loads(cli("trace", "info", tmp_path / "run", "--json"))
     assert (summary["num_requests"], summary["input_tokens"], summary["arrivals_per_s"]) == (0, None, None)
+
+
+def test_block_size_of_formats_that_leave_it_open(samples: Samples, tmp_path: Path, cli: Cli) -> None:
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text('{"request_id": "x", "arrival_s": 0, "input_length": 9, "output_length": 1, "hash_ids": [1, 2]}\n')
+    summary = json.loads(cli("trace", "info", trace, "--hash-block-tokens", "8", "--json"))
+    assert summary["prefix_sharing"]["hash_block_tokens"] == 8
+    for words, problem in (
+        ((trace,), "2 ids for 9 tokens: 1 expected"),
+        ((trace, "--hash-block-tokens", "0"), "0 tokens per block hash: 1 to"),
+        ((samples["mooncake"](tmp_path), "--hash-block-tokens", "8"), "mooncake fixes the tokens"),
+    ):
+        with pytest.raises(InputError, match=problem):
+            cli("trace", "info", *words)
 
 
 def test_import_twice_gives_the_same_bytes(samples: Samples, tmp_path: Path, cli: Cli) -> None:

@@ -22,9 +22,9 @@ from kvtwin.traces.readers import (
     vllm_recording,
 )
 from kvtwin.traces.readers.text import find_optional, read_jsonl, read_lines
-from kvtwin.traces.run import INFO_FILE, Run
+from kvtwin.traces.run import INFO_FILE, MAX_HASH_BLOCK_TOKENS, Run
 
-READERS: Final[Mapping[str, Callable[[Path], Run]]] = {
+READERS: Final[Mapping[str, Callable[..., Run]]] = {
     "kvtwin": Run.open,
     "kvtwin_jsonl": kvtwin_jsonl.read,
     "vllm_recording": vllm_recording.read,
@@ -33,6 +33,9 @@ READERS: Final[Mapping[str, Callable[[Path], Run]]] = {
     "mooncake": mooncake.read,
     "azure2023": azure2023.read,
 }
+
+# Formats that leave open how many tokens a block hash stands for; their readers take `hash_block_tokens`.
+_OPEN_BLOCK_SIZE: Final = ("kvtwin_jsonl", "llmservingsim_workload")
 
 # Fields that only one JSON-lines format has (all of them must be there), most telling first.
 _JSONL_FIELDS: Final[Mapping[str, frozenset[str]]] = {
@@ -43,16 +46,25 @@ _JSONL_FIELDS: Final[Mapping[str, frozenset[str]]] = {
 _AZURE_HEADER: Final = "TIMESTAMP,ContextTokens,GeneratedTokens"
 
 
-def read_run(path: str | os.PathLike[str], format_name: str | None = None) -> Run:
+def read_run(path: str | os.PathLike[str], format_name: str | None = None, hash_block_tokens: int | None = None) -> Run:
     """Read a run or workload of any known format; without a name, `detect` finds it.
 
+    `hash_block_tokens` replaces the default of the formats that leave it open.
+
     Raises:
-        InputError: unknown format, or whatever its reader finds wrong.
+        InputError: unknown format, a block size for a format that fixes it, or whatever its reader finds wrong.
     """
     name = format_name or detect(path)
     if name not in READERS:
         raise InputError(f"unknown format {name!r}; known: {', '.join(READERS)}", path=path)
-    return READERS[name](Path(path))
+    if hash_block_tokens is None:
+        return READERS[name](Path(path))
+    if name not in _OPEN_BLOCK_SIZE:
+        problem = f"the format {name} fixes the tokens per block hash; only {', '.join(_OPEN_BLOCK_SIZE)} leave it open"
+        raise InputError(problem, path=path)
+    if not 1 <= hash_block_tokens <= MAX_HASH_BLOCK_TOKENS:
+        raise InputError(f"{hash_block_tokens} tokens per block hash: 1 to {MAX_HASH_BLOCK_TOKENS} expected", path=path)
+    return READERS[name](Path(path), hash_block_tokens=hash_block_tokens)
 
 
 def detect(path: str | os.PathLike[str]) -> str:

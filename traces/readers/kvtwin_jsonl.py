@@ -29,6 +29,9 @@ from kvtwin.traces.table import from_columns
 from kvtwin.traces.time import from_seconds
 from kvtwin.traces.workload import intern_token_blocks
 
+_DEFAULT_ID_TOKENS = 512
+_DEFAULT_TOKEN_BLOCK = 16
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -44,17 +47,18 @@ class Request:
     token_ids: list[int] | None
 
 
-def read(path: Path, hash_block_tokens: int = 512) -> Run:
-    """Read a workload; `hash_block_tokens` is the number of tokens that one entry of `hash_ids` stands for.
+def read(path: Path, hash_block_tokens: int | None = None) -> Run:
+    """Read a workload; `hash_block_tokens` is the number of tokens that one entry of `block_hashes` stands for.
 
-    Prompts given as token ids are cut into blocks of 16 tokens instead (see `block_hashes`).
+    Without it, that is 512 for `hash_ids` (as in Mooncake's traces) and 16 for prompts given as token ids.
 
     Raises:
         InputError: with file, row and column; also where arrivals are not sorted or an id occurs twice.
     """
-    requests = parse(path, hash_block_tokens)
+    id_tokens = hash_block_tokens or _DEFAULT_ID_TOKENS
+    requests = parse(path, id_tokens)
     refuse_unsorted(requests, "arrival_s")
-    hashes, block_tokens = block_hashes(requests, hash_block_tokens, token_block=16)
+    hashes, block_tokens = block_hashes(requests, id_tokens, hash_block_tokens or _DEFAULT_TOKEN_BLOCK)
     columns = {
         "request_id": [request.request_id for request in requests],
         "arrival_ns": [request.arrival_ns for request in requests],

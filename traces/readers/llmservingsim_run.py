@@ -18,7 +18,6 @@ from kvtwin.traces.errors import InputError
 from kvtwin.traces.readers.text import MAX_TIME_NS, Row, find_file, provenance, read_json, read_jsonl
 from kvtwin.traces.run import Run, RunInfo
 from kvtwin.traces.table import from_columns
-from kvtwin.traces.time import from_decimal_seconds
 
 _STAMPS = {
     "arrival_time": "arrival_ns",
@@ -69,7 +68,7 @@ def _read_row(row: Row) -> dict[str, Any]:
         "output_tokens": row.tokens("output_toks"),
     }
     for theirs, ours in _STAMPS.items():
-        values[ours] = from_decimal_seconds(row.exact_seconds(theirs))
+        values[ours] = row.exact_seconds(theirs)
     return values
 
 

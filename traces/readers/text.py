@@ -19,6 +19,7 @@ from typing import Any, Final, NoReturn
 import numpy as np
 
 from kvtwin.traces.errors import InputError
+from kvtwin.traces.time import from_decimal_seconds
 
 MAX_LINE_BYTES = 1 << 26  # a prompt of a million token ids takes 8 MB
 MAX_TOKENS = (1 << 31) - 1  # steps hold token counts as int32
@@ -175,14 +176,17 @@ class Row:
             self.fail(column, f"{_show(value)} s is out of range: 0 to {MAX_TIME_NS // 10**9} expected")
         return float(value)
 
-    def exact_seconds(self, column: str) -> str:
-        """Decimal text of a number of seconds, not negative (of `read_jsonl(exact=True)`)."""
+    def exact_seconds(self, column: str) -> int:
+        """A number of seconds, not negative, in nanoseconds by its decimal digits (of `read_jsonl(exact=True)`)."""
         value = self.get(column)
         if isinstance(value, bool) or not isinstance(value, int | ExactNumber):
             self.fail(column, f"{_show(value)} is not a number of seconds")
         if not 0 <= (float(value) if isinstance(value, str) else value) <= MAX_TIME_NS // 10**9:
             self.fail(column, f"{_show(value)} s is out of range: 0 to {MAX_TIME_NS // 10**9} expected")
-        return str(value)
+        try:
+            return from_decimal_seconds(str(value))
+        except ArithmeticError:  # an exponent beyond what decimals allow
+            self.fail(column, f"{_show(value)} is not a number of seconds")
 
     def integers(self, column: str, high: int) -> list[int]:
         """A list of integers in [0, high]."""
