@@ -192,19 +192,20 @@ def _time_checks(pair: _Pair, time: str) -> list[Check]:
         return []
     known = np.isfinite(measured)
     n, notes = int(known.sum()), _gaps_in(known, possible, np.isfinite(simulated))
-    metrics = [f"{time}_{statistic}" for statistic in (*STATISTICS, "mape")]
-    findings = [_Finding()] * len(metrics)
+    findings = {name: _Finding(_summary(measured[known], name) if n else NAN) for name in STATISTICS}
+    findings["mape"] = _Finding()
     if n and np.isfinite(simulated[known]).all():
         findings, how = _time_findings(pair, time, known)
         notes = [how, *notes]
-    paired = ["", "", "", "", "paired: each request with itself"]
     return [
-        pair.check(metric, "%" if more else "ms", found, n, "; ".join([more] * bool(more) + notes))
-        for metric, found, more in zip(metrics, findings, paired, strict=True)
+        pair.check(f"{time}_{name}", "ms", found, n, "; ".join(notes))
+        if name != "mape"
+        else pair.check(f"{time}_{name}", "%", found, n, "; ".join(["paired: each request with itself", *notes]))
+        for name, found in findings.items()
     ]
 
 
-def _time_findings(pair: _Pair, time: str, known: Rows) -> tuple[list[_Finding], str]:
+def _time_findings(pair: _Pair, time: str, known: Rows) -> tuple[dict[str, _Finding], str]:
     """mean, p50, p90, p99 and per-request MAPE of the `known` requests, and how the intervals were made."""
     measured, simulated = pair.measured.times[time][known], pair.simulated.times[time][known]
     errors, positive = stats.relative_errors(measured, simulated), measured > 0
@@ -216,20 +217,17 @@ def _time_findings(pair: _Pair, time: str, known: Rows) -> tuple[list[_Finding],
     influence = _share(simulated) - _share(measured)
     intervals, how = pair.intervals(time, influence, statistics)
     repeats = [side.times[time] for side in pair.repeats]
-    repeats = [values[np.isfinite(repeats).all(axis=0)] for values in repeats]
-    findings = []
+    complete = np.isfinite(repeats).all(axis=0)
+    repeats = [values[complete] for values in repeats]
+    findings = {}
     for name in STATISTICS:
         values = (_summary(measured, name), _summary(simulated, name))
         floor = noise.rms_floor([_summary(values, name) for values in repeats if values.size])
-        findings.append(
-            _Finding(*values, stats.relative_error(*values), stats.usable(intervals[name], len(measured)), floor)
-        )
+        interval = stats.usable(intervals[name], len(measured))
+        findings[name] = _Finding(*values, stats.relative_error(*values), interval, floor)
     error = stats.value_of(statistics["mape"], len(measured))
-    findings.append(
-        _Finding(
-            NAN, NAN, error, stats.usable(intervals["mape"], len(measured), size=True), noise.paired_floor(repeats)
-        )
-    )
+    interval = stats.usable(intervals["mape"], len(measured), size=True)
+    findings["mape"] = _Finding(NAN, NAN, error, interval, noise.paired_floor(repeats))
     return findings, how
 
 

@@ -111,22 +111,29 @@ def compare_steps(
     notes = _notes(table, length, dropped=predictions.num_rows - n)
     checks = []
     for metric, statistic in statistics.items():
-        total = metric == "step_bias"
+        error, count = stats.value_of(statistic, n), _count(metric, regime)
         check = Check(
-            run=name,
-            level="step",
-            metric=metric,
-            unit="ms" if total else "%",
-            measured=to_ms(measured.sum()) if total else NAN,
-            simulated=to_ms(predicted.sum()) if total else NAN,
-            error=stats.value_of(statistic, n),
-            interval=stats.usable(intervals[metric], _count(metric, regime), size=metric not in SIGNED),
-            n=_count(metric, regime),
-            noise_floor=None if floor is None else floor.get(metric),
+            name,
+            "step",
+            metric,
+            *_values(metric, measured, predicted, error),
+            error,
+            stats.usable(intervals[metric], count, size=metric not in SIGNED),
+            count,
+            None if floor is None else floor.get(metric),
             note=notes,
         )
         checks.append(judge(check, gates))
     return checks
+
+
+def _values(metric: str, measured: FloatArray, predicted: FloatArray, error: float) -> tuple[str, float, float]:
+    """Unit, measured and simulated value: whatever `error` is the relative error of; NaN for a size."""
+    if metric == "step_bias":
+        return "ms", to_ms(measured.sum()), to_ms(predicted.sum())
+    if metric == "step_mean_error":
+        return "x measured", 1.0, 1 + error  # the mean ratio of predicted to measured
+    return "%", NAN, NAN
 
 
 def _count(metric: str, regime: npt.NDArray[np.str_]) -> int:

@@ -195,3 +195,10 @@ def test_a_clock_that_the_run_does_not_know(make_run: MakeRun) -> None:
 def test_time_that_runs_backwards(make_run: MakeRun) -> None:
     with pytest.raises(InputError, match=r"row 1, first_token_ns: 20000000 is before queued_ns .24000000.$"):
         request_metrics(make_run([20.0, 10.0], [30.0, 30.0], queue_ms=14.0), "queued_ns")
+
+
+def test_runs_without_requests_have_nothing_to_pass(make_run: MakeRun) -> None:
+    empty = make_run([], [])
+    checks = compare(empty, empty, repeats=[empty, empty], gates={"throughput": 0.1})
+    assert {check.n for check in checks.values()} == {0}
+    assert checks["throughput"].verdict == "fail"

@@ -79,6 +79,9 @@ def test_step_checks_by_hand() -> None:
         }
     )
     assert (checks["step_bias"].measured, checks["step_bias"].simulated) == pytest.approx((0.0008, 0.00082))
+    mean = checks["step_mean_error"]
+    assert (mean.measured, mean.unit) == (1.0, "x measured")
+    assert mean.simulated == pytest.approx(1.075)
     assert {name: check.n for name, check in checks.items() if check.n != 4} == {
         "step_mape_prefill": 1,
         "step_mape_decode": 2,

@@ -1,0 +1,35 @@
+"""Write a text file so that a reader never sees half of it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from kvtwin.traces.errors import InputError
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> Path:
+    """Write `text` as UTF-8 to `path`, replacing an older file: all of it or nothing (written beside, then renamed).
+
+    Folders on the way are made.
+
+    Raises:
+        InputError: the place cannot be written to.
+    """
+    target = Path(path)
+    scratch: str | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, scratch = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as stream:
+            stream.write(text)
+        os.chmod(scratch, 0o644)
+        os.replace(scratch, target)
+    except BaseException as error:
+        if scratch is not None:
+            Path(scratch).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise InputError(f"cannot be written ({error.strerror})", path=target) from error
+        raise
+    return target
