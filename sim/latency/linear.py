@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -26,3 +28,15 @@ class LinearLatency:
         context = batches.decode_context + batches.prefill_context
         time = self.base_ns + self.per_new_token_ns * batches.num_tokens
         return np.maximum(time + self.per_context_token_ns * context + self.per_req_ns * batches.num_reqs, 1)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> LinearLatency:
+        """Read `to_json`'s output. Raises KeyError, TypeError or ValueError on anything else."""
+        values = {name: data[name] for name in cls.__slots__}
+        if any(not isinstance(value, int) or isinstance(value, bool) or value < 0 for value in values.values()):
+            raise ValueError("every price must be an integer number of nanoseconds, 0 or more")
+        return cls(**values)
+
+    def to_json(self) -> dict[str, Any]:
+        """Numbers and names only."""
+        return asdict(self)

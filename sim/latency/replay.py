@@ -18,7 +18,7 @@ class ReplayLatency:
 
     def __init__(self, steps: pa.Table) -> None:
         duration = steps.column("end_ns").to_numpy() - steps.column("start_ns").to_numpy()
-        self._duration_ns = np.maximum(duration.astype(np.int64), 1)
+        self._duration_ns: IntArray = np.maximum(duration.astype(np.int64), 1)
 
     def step_ns(self, batches: BatchStats, first_step: int) -> IntArray:
         """See `LatencyModel.step_ns`.
@@ -29,4 +29,5 @@ class ReplayLatency:
         last = first_step + len(batches)
         if last > len(self._duration_ns):
             raise InputError(f"step {last - 1} has no recorded time: the recording has {len(self._duration_ns)} steps")
-        return self._duration_ns[first_step:last]
+        durations: IntArray = self._duration_ns[first_step:last]
+        return durations

@@ -1,0 +1,1 @@
+"""Who runs at each step: one file per engine, each naming the upstream version it follows."""

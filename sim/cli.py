@@ -1,0 +1,103 @@
+"""`kvtwin simulate`: a workload on an engine, with a profile, to a Run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from kvtwin.traces.errors import InputError
+
+
+def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `simulate`."""
+    parser = subparsers.add_parser(
+        "simulate",
+        help="serve a workload with a simulated engine",
+        description="Serve WORKLOAD with a simulated vLLM engine; the result is a Run like a recorded one.",
+    )
+    parser.add_argument("workload", type=Path, help="a run, trace or recording (kvtwin trace info PATH names it)")
+    parser.add_argument("--engine", type=Path, required=True, help="engine settings under their upstream names (TOML)")
+    parser.add_argument("--profile", type=Path, required=True, help="step latencies (kvtwin calibrate writes them)")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="RUN", help="folder to write; must not exist"
+    )
+    parser.add_argument(
+        "--record", default="", metavar="TABLES", help="optional tables to keep, comma-separated: steps (default: none)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead of a summary")
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    # Imported here: `kvtwin --help` must not wait for numpy and pyarrow.
+    from kvtwin.sim.config import read_settings, vllm_config
+    from kvtwin.sim.latency.profile import read_profile
+    from kvtwin.sim.simulate import peak_rss_bytes, simulate, with_metrics
+    from kvtwin.traces.readers import read_run
+    from kvtwin.traces.run import refuse_existing
+
+    refuse_existing(args.output)
+    record_steps = _record_steps(args.record)
+    started = time.perf_counter()
+    config = vllm_config(read_settings(args.engine), args.engine)
+    profile = read_profile(args.profile)
+    latency = profile.latency_model()
+    workload = read_run(args.workload)
+    loaded = time.perf_counter()
+    source = {"workload": args.workload.name, "engine": args.engine.name, "profile": args.profile.name}
+    run = simulate(workload, config, latency, profile.host, record_steps=record_steps, source=source)
+    simulated = time.perf_counter()
+    run.write(args.output)
+    metrics: dict[str, Any] = {
+        **run.info.metrics,
+        **_summary(run),
+        "load_s": round(loaded - started, 6),
+        "write_s": round(time.perf_counter() - simulated, 6),
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
+    with_metrics(run, **metrics).write(args.output, overwrite=True)
+    _print(args, metrics)
+    return 0
+
+
+def _record_steps(text: str) -> bool:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in names if name != "steps"]
+    if unknown:
+        raise InputError(f"--record {unknown[0]!r}: 'steps' expected (cache events are not recorded yet)")
+    return bool(names)
+
+
+def _summary(run: Any) -> dict[str, float]:
+    """A few numbers of the simulated run: time in ms, counts."""
+    import numpy as np
+
+    table = run.requests
+    columns = ("queued_ns", "first_token_ns", "finish_ns", "output_tokens", "num_preemptions", "cached_tokens")
+    queued, first, finish, output, preemptions, cached = (table.column(name).to_numpy() for name in columns)
+    if not len(queued):
+        return {"num_requests": 0}
+    several = output > 1
+    tpot_ns = (finish - first)[several] / (output[several] - 1)
+    return {
+        "num_requests": len(queued),
+        "num_output_tokens": int(output.sum()),
+        "num_preemptions": int(preemptions.sum()),
+        "cached_tokens": int(cached.sum()),
+        "ttft_mean_ms": round(float(np.mean(first - queued)) / 1e6, 3),
+        "tpot_mean_ms": round(float(np.mean(tpot_ns)) / 1e6, 3) if several.any() else 0.0,
+        "latency_mean_ms": round(float(np.mean(finish - queued)) / 1e6, 3),
+        "duration_s": round(float(finish.max() - table.column("arrival_ns").to_numpy().min()) / 1e9, 3),
+    }
+
+
+def _print(args: argparse.Namespace, metrics: dict[str, Any]) -> None:
+    if args.json:
+        print(json.dumps({"run": str(args.output), "metrics": metrics}))
+        return
+    for name, value in metrics.items():
+        print(f"{name:20} {value:>16,}")
+    print(f"written to {args.output}")

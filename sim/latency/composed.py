@@ -1,0 +1,127 @@
+"""Step latency composed from kernel tables: dense operators, attention, per-sequence work, launch gaps.
+
+    step = tokens(T) + sequences(n) + num_layers * attention + num_kernels * launch_gap
+
+Attention of a step with d decodes (total context C, largest M, spread s) and prefill chunks of P tokens in all:
+
+    decode only   decode(d, C/d)                            + unevenness_decode(d, v) * (M - C/d)
+    with prefill  prefill(P, K) + increment(P, d, C/d)      + unevenness_mixed(d, v)  * (M - C/d)
+
+The tables are measured with equal contexts. Where contexts differ, the thread blocks of the longest one end
+last: time grows with the excess of the longest over the mean, by a slope that falls with the number of
+decodes (more waves fill the tail) and with v = s / (M - C/d), the share of long ones. K is the prefix
+length that gives one chunk of P tokens as many (query, key) pairs as the step's chunks have in all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kvtwin.sim.latency.grid import FloatArray, Grid
+from kvtwin.sim.latency.stats import BatchStats, IntArray
+
+
+@dataclass(frozen=True)
+class ComposedLatency:
+    """Tables in microseconds; see the module's formula.
+
+    Attributes:
+        num_layers: layers that each run attention.
+        num_kernels: kernels launched per step, each preceded by a gap.
+        launch_gap_us: idle time of the device before each kernel.
+        tokens: 1-D parts by new tokens, already summed over layers, by name ("dense", "moe", "collectives").
+        sequences: by number of requests (lm_head, sampler).
+        decode, prefill, increment: attention of one layer.
+        unevenness_decode, unevenness_mixed: slope in us per token, by (decodes, v).
+    """
+
+    num_layers: int
+    num_kernels: int
+    launch_gap_us: float
+    tokens: Mapping[str, Grid]
+    sequences: Grid
+    decode: Grid
+    prefill: Grid
+    increment: Grid
+    unevenness_decode: Grid
+    unevenness_mixed: Grid
+
+    def step_ns(self, batches: BatchStats, first_step: int) -> IntArray:  # noqa: ARG002 - the contract's
+        """See `LatencyModel.step_ns`."""
+        time_us = sum(self.parts_us(batches).values())
+        return np.maximum(np.rint(np.asarray(time_us) * 1e3), 1).astype(np.int64)
+
+    def parts_us(self, batches: BatchStats) -> dict[str, FloatArray]:
+        """What each step's time is made of, in microseconds: arrays of shape (n,) by part."""
+        parts = {name: grid(batches.num_tokens) for name, grid in self.tokens.items()}
+        parts["sequences"] = self.sequences(batches.num_reqs)
+        parts["attention"] = self.num_layers * self.attention_us(batches)
+        parts["launch gaps"] = np.full(len(batches), self.num_kernels * self.launch_gap_us)
+        return parts
+
+    def attention_us(self, batches: BatchStats) -> FloatArray:
+        """Attention of one layer, in microseconds."""
+        decodes = batches.num_decode
+        mean = batches.decode_context / np.maximum(decodes, 1)
+        time_us = np.zeros(len(batches))
+        pure = batches.num_prefill == 0
+        time_us[pure] = self.decode(decodes[pure], mean[pure])
+        time_us[~pure] = self._mixed_us(batches[~pure], mean[~pure])
+        return np.maximum(time_us + self._unevenness_us(batches, mean, pure), 0.0)
+
+    def _mixed_us(self, batches: BatchStats, mean: FloatArray) -> FloatArray:
+        chunk = batches.prefill_tokens
+        prefix = np.maximum(batches.prefill_pairs - chunk * (chunk + 1) // 2, 0) / chunk
+        chunk = np.maximum(chunk, self.prefill.axes[0][0])  # below the smallest measured chunk time is flat
+        return self.prefill(chunk, prefix) + self.increment(chunk, batches.num_decode, mean)
+
+    def _unevenness_us(self, batches: BatchStats, mean: FloatArray, pure: FloatArray) -> FloatArray:
+        excess = batches.decode_context_max - mean
+        variance = batches.decode_context_sq / np.maximum(batches.num_decode, 1) - mean * mean
+        share = np.sqrt(np.maximum(variance, 0.0)) / np.maximum(excess, 1.0)
+        slope = np.where(
+            pure,
+            _clamped(self.unevenness_decode, batches.num_decode, share),
+            _clamped(self.unevenness_mixed, batches.num_decode, share),
+        )
+        return np.maximum(slope, 0.0) * excess
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ComposedLatency:
+        """Read `to_json`'s output. Raises KeyError, TypeError or ValueError on anything else."""
+        grids = {
+            name: _grid(data[name])
+            for name in ("sequences", "decode", "prefill", "increment", "unevenness_decode", "unevenness_mixed")
+        }
+        return cls(
+            num_layers=int(data["num_layers"]),
+            num_kernels=int(data["num_kernels"]),
+            launch_gap_us=float(data["launch_gap_us"]),
+            tokens={name: _grid(grid) for name, grid in data["tokens"].items()},
+            **grids,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Numbers and names only; times in microseconds to a tenth of a nanosecond."""
+        data = {key: value for key, value in vars(self).items() if not isinstance(value, Grid | Mapping)}
+        data["tokens"] = {name: _grid_json(grid) for name, grid in self.tokens.items()}
+        data.update({key: _grid_json(value) for key, value in vars(self).items() if isinstance(value, Grid)})
+        return data
+
+
+def _clamped(grid: Grid, *coordinates: FloatArray | IntArray) -> FloatArray:
+    """Interpolate, holding the edge values outside the grid."""
+    inside = [np.clip(values, axis[0], axis[-1]) for values, axis in zip(coordinates, grid.axes, strict=True)]
+    return grid(*inside)
+
+
+def _grid(data: Mapping[str, Any]) -> Grid:
+    return Grid(data["axes"], data["values"])
+
+
+def _grid_json(grid: Grid) -> dict[str, Any]:
+    return {"axes": [axis.tolist() for axis in grid.axes], "values": np.round(grid.values, 4).tolist()}

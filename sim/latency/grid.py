@@ -1,0 +1,67 @@
+"""Multilinear interpolation on a rectangular grid, with numbers that are the same on every machine.
+
+Only +, -, * and / are used: these are exact to the last bit everywhere (IEEE 754), while logarithms and
+powers are not, so a simulation gives the same bytes on any machine.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float64]
+
+
+class Grid:
+    """Values on the product of strictly increasing axes; linear in each coordinate between grid points.
+
+    Beyond an axis's end the last cell is continued in a straight line; an axis of one point is constant.
+
+    Args:
+        axes: one increasing sequence per dimension.
+        values: array of shape (len(axes[0]), len(axes[1]), ...).
+
+    >>> float(Grid([[0.0, 10.0], [0.0, 1.0]], [[0.0, 1.0], [10.0, 11.0]])(np.array([5.0]), np.array([0.5]))[0])
+    5.5
+    """
+
+    def __init__(self, axes: Sequence[Sequence[float]], values: npt.ArrayLike) -> None:
+        """Raises ValueError where axes and values do not fit together."""
+        self.axes = [np.asarray(axis, dtype=np.float64) for axis in axes]
+        self.values: FloatArray = np.asarray(values, dtype=np.float64)
+        if self.values.shape != tuple(len(axis) for axis in self.axes):
+            raise ValueError(f"values of shape {self.values.shape} on axes of {[len(axis) for axis in self.axes]}")
+        if any(len(axis) == 0 or np.any(np.diff(axis) <= 0) for axis in self.axes):
+            raise ValueError("every axis must be strictly increasing and not empty")
+        if not np.all(np.isfinite(self.values)):
+            raise ValueError("every value must be finite")
+
+    def __call__(self, *coordinates: FloatArray | npt.NDArray[np.int64]) -> FloatArray:
+        """Interpolate at n points; one array of shape (n,) per dimension."""
+        cells, weights = [], []
+        for axis, coordinate in zip(self.axes, coordinates, strict=True):
+            if len(axis) == 1:
+                cells.append(np.zeros(len(coordinate), dtype=np.intp))
+                weights.append(np.zeros(len(coordinate)))
+                continue
+            cell = np.clip(np.searchsorted(axis, coordinate, side="right") - 1, 0, len(axis) - 2)
+            cells.append(cell)
+            weights.append((coordinate - axis[cell]) / (axis[cell + 1] - axis[cell]))
+        result = np.zeros(len(coordinates[0]))
+        for corner in itertools.product((0, 1), repeat=len(self.axes)):
+            result += self._corner(corner, cells, weights)
+        return result
+
+    def _corner(
+        self, corner: tuple[int, ...], cells: list[npt.NDArray[np.intp]], weights: list[FloatArray]
+    ) -> FloatArray:
+        weight = np.ones(len(cells[0]))
+        place = []
+        for side, cell, share, axis in zip(corner, cells, weights, self.axes, strict=True):
+            weight = weight * (share if side else 1.0 - share)
+            place.append(np.minimum(cell + side, len(axis) - 1))
+        value: FloatArray = weight * self.values[tuple(place)]
+        return value
