@@ -116,12 +116,16 @@ def weighted_quantile(values: FloatArray, q: float) -> Statistic:
     ranked = values[order]
 
     def statistic(weights: FloatArray) -> FloatArray:
-        drawn: FloatArray = np.cumsum(weights[:, order], axis=1)
-        position = q * (drawn[:, -1] - 1)
-        low = np.floor(position)
-        below = ranked[np.count_nonzero(drawn <= low[:, None], axis=1)]
-        above = ranked[np.count_nonzero(drawn <= np.ceil(position)[:, None], axis=1)]
-        value: FloatArray = below + (above - below) * (position - low)
+        # One running count over all resamples, end to end: each rank is then found by one search.
+        drawn = np.cumsum(weights[:, order])
+        ends = drawn[len(values) - 1 :: len(values)]
+        before = np.concatenate([[0.0], ends[:-1]])
+        position = q * (ends - before - 1)
+        low, high = before + np.floor(position), before + np.ceil(position)
+        first_row = np.arange(len(weights)) * len(values)
+        below = ranked[np.searchsorted(drawn, low, side="right") - first_row]
+        above = ranked[np.searchsorted(drawn, high, side="right") - first_row]
+        value: FloatArray = below + (above - below) * (position - np.floor(position))
         return value
 
     return statistic
