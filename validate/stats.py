@@ -60,24 +60,6 @@ def mape(measured: FloatArray, simulated: FloatArray) -> float:
     return float(np.mean(np.abs(relative_errors(measured, simulated))))
 
 
-def total_bias(measured: FloatArray, simulated: FloatArray) -> float:
-    """Signed error of the sum: sum(simulated) / sum(measured) - 1. Large values count for more."""
-    return relative_error(float(measured.sum()), float(simulated.sum()))
-
-
-def mean_relative_error(measured: FloatArray, simulated: FloatArray) -> float:
-    """Signed mean of the relative errors: mean(simulated_i / measured_i - 1). Each row counts alike."""
-    return float(np.mean(relative_errors(measured, simulated)))
-
-
-def quantile_error(measured: FloatArray, simulated: FloatArray, q: float) -> float:
-    """Q_q(simulated) / Q_q(measured) - 1: the distributions are compared, not the pairs.
-
-    Q interpolates linearly between order statistics (Hyndman & Fan 1996, type 7; the numpy default).
-    """
-    return relative_error(float(np.quantile(measured, q)), float(np.quantile(simulated, q)))
-
-
 def stream(seed: int, name: str) -> np.random.Generator:
     """A random stream of its own for each name, so that one more metric shifts no other's interval."""
     return np.random.default_rng([seed, zlib.crc32(name.encode())])
@@ -93,7 +75,7 @@ def weighted_mean(values: FloatArray, rows: npt.NDArray[np.bool_] | None = None)
 
 
 def ratio_of_sums(top: FloatArray, bottom: FloatArray) -> Statistic:
-    """sum(w_i top_i) / sum(w_i bottom_i) - 1: the relative error of a mean or of a sum of pairs."""
+    """sum(w_i top_i) / sum(w_i bottom_i) - 1: the signed bias of pairs, which is the error of their sum and mean."""
     return lambda weights: _divide(weights @ top, weights @ bottom) - 1
 
 
@@ -108,9 +90,10 @@ def rate_error(measured_gap: FloatArray, measured_work: FloatArray, gap: FloatAr
 
 
 def weighted_quantile(values: FloatArray, q: float) -> Statistic:
-    """The type 7 quantile (see `quantile_error`) of the sample that holds values[i] w_i times.
+    """The quantile of the sample that holds values[i] w_i times.
 
-    Counting how often each rank was drawn finds the order statistics without sorting every resample.
+    It interpolates linearly between order statistics (Hyndman & Fan 1996, type 7; the numpy default). Counting
+    how often each rank was drawn finds the order statistics without sorting every resample.
     """
     order = np.argsort(values, kind="stable")
     ranked = values[order]
@@ -132,7 +115,7 @@ def weighted_quantile(values: FloatArray, q: float) -> Statistic:
 
 
 def quantile_ratio(measured: FloatArray, simulated: FloatArray, q: float) -> Statistic:
-    """Q_q(simulated) / Q_q(measured) - 1, both over the same drawn rows."""
+    """Q_q(simulated) / Q_q(measured) - 1, both over the same drawn rows: distributions are compared, not pairs."""
     top, bottom = weighted_quantile(simulated, q), weighted_quantile(measured, q)
     return lambda weights: _divide(top(weights), bottom(weights)) - 1
 

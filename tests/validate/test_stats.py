@@ -25,9 +25,14 @@ SIMULATED = np.array([110.0, 180.0, 400.0])
 def test_error_measures_by_hand() -> None:
     assert stats.relative_errors(MEASURED, SIMULATED) == pytest.approx([0.1, -0.1, 0.0])
     assert stats.mape(MEASURED, SIMULATED) == pytest.approx(0.2 / 3)
-    assert stats.total_bias(MEASURED, SIMULATED) == pytest.approx(690 / 700 - 1)
-    assert stats.mean_relative_error(MEASURED, SIMULATED) == pytest.approx(0.0)
-    assert stats.quantile_error(MEASURED, SIMULATED, 0.5) == pytest.approx(-0.1)
+    statistics = {
+        690 / 700 - 1: stats.ratio_of_sums(SIMULATED, MEASURED),
+        -0.1: stats.quantile_ratio(MEASURED, SIMULATED, 0.5),
+        # 700 tokens in 4 s measured, 690 tokens in 3 s simulated.
+        (690 / 3) / (700 / 4) - 1: stats.rate_error(np.array([1.0, 1, 2]), MEASURED, np.ones(3), SIMULATED),
+    }
+    for expected, statistic in statistics.items():
+        assert stats.value_of(statistic, 3) == pytest.approx(expected)
 
 
 def test_errors_are_relative_to_the_measurement_not_to_the_prediction() -> None:
