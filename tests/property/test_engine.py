@@ -1,0 +1,141 @@
+"""Invariants of every simulated run, over random workloads and engines (numbered; see also `check_invariants`)."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvtwin.sim.config import VllmConfig
+from kvtwin.sim.engine import Engine
+from kvtwin.sim.latency.host import HostTime
+from kvtwin.sim.latency.linear import LinearLatency
+from kvtwin.sim.simulate import build_requests, simulate
+from kvtwin.traces.errors import KvtwinError
+from kvtwin.traces.run import Run, RunInfo
+from kvtwin.traces.table import from_columns
+
+sys.path.insert(0, str(Path(__file__).parent))
+from workloads import configs, workloads
+
+LATENCY = LinearLatency(1_000_000, 20_000, 50, 10_000)
+HOSTS = st.sampled_from([HostTime(), HostTime(200_000, 10_000, 100_000, 5_000, 30_000)])
+
+
+def run_or_stuck(workload: Run, config: VllmConfig, host: HostTime) -> Run | None:
+    """None where a request can never be admitted (the watermark can make it so), as with the real engine."""
+    try:
+        return simulate(workload, config, LATENCY, host)
+    except KvtwinError as error:
+        assert "never be scheduled" in str(error)
+        return None
+
+
+@settings(max_examples=300)
+@given(st.data())
+def test_every_run_obeys_the_invariants(data: st.DataObject) -> None:
+    config = data.draw(configs())
+    workload = data.draw(workloads(config.max_model_len))
+    run = run_or_stuck(workload, config, data.draw(HOSTS))
+    if run is not None:
+        check_requests(run, workload)
+        check_steps(run, config)
+
+
+def check_requests(run: Run, workload: Run) -> None:
+    """INV-1 every request is served in full; INV-2 its times are in order; INV-3 a hit leaves a token to compute."""
+    table = {name: run.requests.column(name).to_numpy() for name in run.requests.column_names if name.endswith("_ns")}
+    for before, after in (
+        ("arrival_ns", "queued_ns"),
+        ("queued_ns", "scheduled_ns"),
+        ("scheduled_ns", "first_token_ns"),
+        ("first_token_ns", "finish_ns"),
+    ):
+        assert np.all(table[before] <= table[after]), (before, after)
+    cached, inputs = (run.requests.column(name).to_numpy() for name in ("cached_tokens", "input_tokens"))
+    assert np.all((cached >= 0) & (cached < inputs))
+    assert run.requests.select(["request_id", "arrival_ns"]).equals(
+        workload.requests.select(["request_id", "arrival_ns"])
+    )
+
+
+def check_steps(run: Run, config: VllmConfig) -> None:
+    """INV-4 the clock is monotone; INV-5 no step exceeds a limit; INV-6 tokens computed add up."""
+    steps = run.steps
+    start, end = (steps.column(name).to_numpy() for name in ("start_ns", "end_ns"))
+    assert np.all(start < end)
+    assert np.all(end[:-1] <= start[1:])
+    lengths = pa.compute.list_value_length(steps.column("request")).to_numpy()
+    tokens = np.array([sum(values) for values in steps.column("input_len").to_pylist()])
+    assert np.all((lengths >= 1) & (lengths <= config.max_num_seqs))
+    assert np.all(tokens <= config.max_num_batched_tokens)
+    assert np.all(steps.column("num_running").to_numpy() <= config.max_num_seqs)
+    free = steps.column("num_free_blocks").to_numpy()
+    assert np.all((free >= 0) & (free < config.num_gpu_blocks))
+    check_token_counts(run)
+
+
+def check_token_counts(run: Run) -> None:
+    """Each request's chunks follow on one another from its hit, or from a new start after a preemption.
+
+    A call that preempts and schedules nothing is no step (ENGINES_VLLM.md, "A rule for both versions"): its
+    preemptions show in the counts alone.
+    """
+    reached: dict[int, int] = {}
+    unlogged = run.requests.column("num_preemptions").to_pylist()
+    columns = (run.steps.column(name).to_pylist() for name in ("request", "cache_len", "input_len", "preempted"))
+    for members, cache_lens, input_lens, preempted in zip(*columns, strict=True):
+        for row in preempted:
+            unlogged[row] -= 1
+            reached.pop(row, None)
+        for row, cache_len, input_len in zip(members, cache_lens, input_lens, strict=True):
+            if cache_len != reached.get(row, cache_len):
+                assert cache_len < reached[row]
+                unlogged[row] -= 1
+            reached[row] = cache_len + input_len
+    assert min(unlogged) >= 0
+    total = run.requests.column("input_tokens").to_numpy() + run.requests.column("output_tokens").to_numpy()
+    assert all(value <= total[row] - 1 for row, value in reached.items())
+
+
+@settings(max_examples=100)
+@given(st.data())
+def test_all_blocks_are_free_at_the_end(data: st.DataObject) -> None:
+    config = data.draw(configs())
+    workload = data.draw(workloads(config.max_model_len))
+    engine = Engine(config, LATENCY)
+    try:
+        engine.run(build_requests(workload, config))
+    except KvtwinError:
+        return
+    pool = engine._scheduler.kv.pool
+    pool.check_invariants()
+    assert pool.num_free == config.num_gpu_blocks - 1
+
+
+@settings(max_examples=50)
+@given(st.data())
+def test_the_same_inputs_give_the_same_run(data: st.DataObject) -> None:
+    config = data.draw(configs())
+    workload = data.draw(workloads(config.max_model_len))
+    one, other = (run_or_stuck(workload, config, HostTime()) for _ in range(2))
+    assert (one is None) == (other is None)
+    if one is not None and other is not None:
+        assert one.requests.equals(other.requests)
+        assert one.steps.equals(other.steps)
+
+
+def test_a_request_longer_than_the_model_is_refused() -> None:
+    config = VllmConfig(num_gpu_blocks=100, max_model_len=64)
+    table = from_columns(
+        "requests",
+        {"request_id": ["a", "b"], "arrival_ns": [0, 0], "input_tokens": [60, 60], "output_tokens": [4, 5]},
+        "two requests",
+    )
+    with pytest.raises(KvtwinError, match=r"row 1, input_tokens: 60 \+ 5 tokens: longer than max_model_len \(64\)"):
+        simulate(Run(RunInfo("workload"), {"requests": table}), config, LATENCY)

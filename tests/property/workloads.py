@@ -1,0 +1,61 @@
+"""Random workloads and engines: tight memory, tiny budgets, bursts, shared prefixes, priorities, both loops."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+
+from kvtwin.sim.config import VllmConfig
+from kvtwin.traces.run import Run, RunInfo
+from kvtwin.traces.table import from_columns
+
+HASH_BLOCK_TOKENS = 8
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> VllmConfig:
+    version = draw(st.sampled_from(["0.19", "0.32"]))
+    block_size = draw(st.sampled_from([4, 16]))
+    max_model_len = draw(st.sampled_from([64, 128]))
+    spare = draw(st.integers(0, 40))
+    chunked = draw(st.booleans())
+    return VllmConfig(
+        num_gpu_blocks=1 + -(-max_model_len // block_size) + spare,
+        version=version,
+        block_size=block_size,
+        max_num_seqs=draw(st.integers(1, 12)),
+        max_num_batched_tokens=draw(st.integers(8, 96)) if chunked else max_model_len,
+        max_model_len=max_model_len,
+        enable_chunked_prefill=chunked,
+        enable_prefix_caching=draw(st.booleans()),
+        long_prefill_token_threshold=draw(st.sampled_from([0, 0, 5, 20])),
+        policy=draw(st.sampled_from(["fcfs", "priority"])),
+        watermark=draw(st.sampled_from([0.0, 0.0, 0.1])) if version == "0.32" else 0.0,
+        scheduler_reserve_full_isl=draw(st.booleans()),
+        async_scheduling=draw(st.booleans()),
+    )
+
+
+@st.composite
+def workloads(draw: st.DrawFn, max_model_len: int) -> Run:
+    """Up to 25 requests; prompts share prefixes by drawing block ids from a small tree."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    count = draw(st.integers(1, 25))
+    mean_gap_ns = draw(st.sampled_from([0, 1_000_000, 30_000_000]))
+    inputs = rng.integers(1, max_model_len - 2, count)
+    outputs = np.array([rng.integers(1, max_model_len - length + 1) for length in inputs])
+    columns: dict[str, Any] = {
+        "request_id": [f"r{row}" for row in range(count)],
+        "arrival_ns": np.cumsum(rng.integers(0, 2 * mean_gap_ns + 1, count)),
+        "input_tokens": inputs,
+        "output_tokens": outputs,
+        "priority": rng.integers(0, 3, count),
+        "block_hashes": [
+            [10 * depth + int(rng.integers(0, 2)) for depth in range(-(-length // HASH_BLOCK_TOKENS))]
+            for length in inputs.tolist()
+        ],
+    }
+    table = from_columns("requests", columns, "a random workload")
+    return Run(RunInfo("workload", hash_block_tokens=HASH_BLOCK_TOKENS), {"requests": table})
