@@ -13,7 +13,6 @@ import html
 import json
 import math
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
@@ -32,6 +31,7 @@ from kvtwin.reports.words import (
     title,
     verdict_word,
 )
+from kvtwin.traces.files import write_text
 from kvtwin.traces.time import to_seconds
 from kvtwin.validate.result import Check, Comparison, TargetReport
 
@@ -80,23 +80,12 @@ def render_html(report: TargetReport) -> str:
 
 
 def write_html(report: TargetReport, path: str | os.PathLike[str]) -> Path:
-    """Write the page to `path`, replacing an older one: all of it or nothing.
+    """Write the page to `path`, replacing an older one: all of it or nothing. Folders on the way are made.
 
     Raises:
-        OSError: the folder is missing or not writable.
+        InputError: the place cannot be written to.
     """
-    target = Path(path)
-    page = render_html(report)
-    handle, scratch = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as stream:
-            stream.write(page)
-        os.chmod(scratch, 0o644)
-        os.replace(scratch, target)
-    except BaseException:
-        os.unlink(scratch)
-        raise
-    return target
+    return write_text(path, render_html(report))
 
 
 # -- parts of the page ------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import Counter
 from dataclasses import replace
@@ -15,6 +14,7 @@ import pytest
 
 from kvtwin.reports import html as page
 from kvtwin.reports.html import render_html, write_html
+from kvtwin.traces.errors import InputError
 from kvtwin.validate.result import TargetReport
 
 MAX_BYTES = 6_000_000
@@ -133,18 +133,13 @@ def test_a_report_of_nothing_is_still_a_page() -> None:
     assert len(text) < 50_000  # nothing to draw, so no plotly either
 
 
-def test_the_file_is_written_whole_or_not_at_all(
-    report: TargetReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = write_html(report, tmp_path / "index.html")
-    before = path.read_text(encoding="utf-8")
-    assert before == render_html(report)
+def test_the_page_is_written_to_a_new_folder_and_replaces_an_older_one(report: TargetReport, tmp_path: Path) -> None:
+    path = write_html(TargetReport({}, (), ()), tmp_path / "new" / "index.html")
+    assert write_html(report, path).read_text(encoding="utf-8") == render_html(report)
+    assert [entry.name for entry in path.parent.iterdir()] == ["index.html"]
 
-    def refuse(source: str, target: object) -> None:
-        raise OSError("disk full")
 
-    monkeypatch.setattr(os, "replace", refuse)
-    with pytest.raises(OSError, match="disk full"):
-        write_html(TargetReport({}, (), ()), path)
-    assert path.read_text(encoding="utf-8") == before
-    assert [entry.name for entry in tmp_path.iterdir()] == ["index.html"]
+def test_a_place_that_cannot_be_written_is_one_line(report: TargetReport, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot be written"):
+        write_html(report, tmp_path / "file" / "index.html")
