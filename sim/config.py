@@ -101,6 +101,7 @@ class VllmConfig:
         Raises:
             InputError: names the setting, its value and what would be right.
         """
+        rules_version(self.version)
         for name in ("num_gpu_blocks", "block_size", "max_num_seqs", "max_num_batched_tokens", "tensor_parallel_size"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1 expected")
         _require(self.num_gpu_blocks >= 2, "num_gpu_blocks", self.num_gpu_blocks, "block 0 is never usable: 2 or more")
@@ -108,8 +109,8 @@ class VllmConfig:
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more expected")
         _require(self.policy in ("fcfs", "priority"), "policy", self.policy, '"fcfs" or "priority" expected')
         _require(0 <= self.watermark < 1, "watermark", self.watermark, "0 <= watermark < 1 expected")
-        if self.watermark and not self.rules.has_watermark:
-            _require(False, "watermark", self.watermark, f"vLLM {self.version} has no such option")
+        known = self.watermark == 0 or self.rules.has_watermark
+        _require(known, "watermark", self.watermark, f"vLLM {self.version} has no such option")
         if self.max_model_len == 0:
             object.__setattr__(self, "max_model_len", self.capacity_tokens)
         _require(
@@ -229,6 +230,15 @@ def read_settings(path: str | PathLike[str]) -> dict[str, Any]:
         raise InputError(f"not readable as {file.suffix.lstrip('.') or 'TOML'} ({error})", path=file) from error
     if not isinstance(settings, dict):
         raise InputError("a table of settings expected", path=file)
-    if "engine_kwargs" in settings:
-        return {**settings["engine_kwargs"], "version": settings.get("vllm_version")}
+    if isinstance(settings.get("engine_kwargs"), dict):
+        return {**recorded_settings(settings["engine_kwargs"]), "version": settings.get("vllm_version")}
     return settings
+
+
+def recorded_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a recording says of its engine, without the settings that kvtwin does not know.
+
+    A user's own file must not hold unknown keys, but a recording lists whatever its engine was started with.
+    """
+    known = {field.name for field in dataclasses.fields(VllmConfig)} | set(_ONLY) | set(_RENAMED) | {"enforce_eager"}
+    return {name: value for name, value in settings.items() if name in known and value is not None}

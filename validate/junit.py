@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import xml.etree.ElementTree as ET
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Final
@@ -16,38 +17,37 @@ from kvtwin.validate.result import Check, TargetReport
 _FORBIDDEN: Final = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
-def to_junit(report: TargetReport) -> str:
-    """One test suite, one test case per check; a check without a gate is a skipped test case.
+def to_junit(*reports: TargetReport) -> str:
+    """One test suite per target, one test case per check; a check without a gate is a skipped test case.
 
     A gate that was not asked because the error lies within the noise floor counts as passed, and says so.
     """
-    name = report.target.get("name", "target")
-    gated = [check for check in report.checks if check.threshold is not None]
-    counts = {
-        "tests": len(report.checks),
-        "failures": sum(check.verdict == "fail" for check in report.checks),
-        "errors": 0,
-        "skipped": len(report.checks) - len(gated),
-    }
-    attributes = {key: str(value) for key, value in counts.items()}
-    suites = ET.Element("testsuites", attributes)
-    suite = ET.SubElement(suites, "testsuite", {"name": _text(name), **attributes})
-    properties = ET.SubElement(suite, "properties")
-    for key, value in report.target.items():
-        ET.SubElement(properties, "property", {"name": _text(key), "value": _text(value)})
-    for check in report.checks:
-        _case(suite, name, check)
+    suites = ET.Element("testsuites", _counts([check for report in reports for check in report.checks]))
+    for report in reports:
+        name = report.target.get("name", "target")
+        suite = ET.SubElement(suites, "testsuite", {"name": _text(name), **_counts(report.checks)})
+        properties = ET.SubElement(suite, "properties")
+        for key, value in report.target.items():
+            ET.SubElement(properties, "property", {"name": _text(key), "value": _text(value)})
+        for check in report.checks:
+            _case(suite, name, check)
     ET.indent(suites, " ")
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + ET.tostring(suites, encoding="unicode") + "\n"
 
 
-def write(report: TargetReport, path: str | PathLike[str]) -> Path:
+def write(reports: Sequence[TargetReport], path: str | PathLike[str]) -> Path:
     """Write the JUnit XML, replacing an older file: all of it or nothing.
 
     Raises:
         InputError: the place cannot be written to.
     """
-    return write_text(path, to_junit(report))
+    return write_text(path, to_junit(*reports))
+
+
+def _counts(checks: Sequence[Check]) -> dict[str, str]:
+    failures = sum(check.verdict == "fail" for check in checks)
+    skipped = sum(check.threshold is None for check in checks)
+    return {"tests": str(len(checks)), "failures": str(failures), "errors": "0", "skipped": str(skipped)}
 
 
 def _case(suite: ET.Element, target: str, check: Check) -> None:

@@ -115,8 +115,8 @@ class ComposedLatency:
 
 def _clamped(grid: Grid, *coordinates: FloatArray | IntArray) -> FloatArray:
     """Interpolate, holding the edge values outside the grid."""
-    inside = [np.clip(values, axis[0], axis[-1]) for values, axis in zip(coordinates, grid.axes, strict=True)]
-    return grid(*inside)
+    pairs = zip(coordinates, grid.axes, strict=True)
+    return grid(*(np.clip(values.astype(np.float64), axis[0], axis[-1]) for values, axis in pairs))
 
 
 def _grid(data: Mapping[str, Any]) -> Grid:

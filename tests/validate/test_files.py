@@ -169,7 +169,7 @@ def test_a_place_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_junit_counts_and_cases(report: TargetReport, tmp_path: Path) -> None:
-    root = ET.parse(junit.write(report, tmp_path / "junit.xml")).getroot()
+    root = ET.parse(junit.write([report], tmp_path / "junit.xml")).getroot()
     suite = root.find("testsuite")
     assert suite is not None
     assert {key: suite.get(key) for key in ("name", "tests", "failures", "errors", "skipped")} == {
@@ -210,3 +210,9 @@ def test_hostile_names_stay_text(report: TargetReport) -> None:
 def test_any_report_is_well_formed_xml(checks: list[Check], name: str) -> None:
     root = ET.fromstring(junit.to_junit(TargetReport({"name": name}, tuple(checks), ())))
     assert len(list(root.iter("testcase"))) == len(checks)
+
+
+def test_one_junit_file_holds_all_targets(tmp_path: Path) -> None:
+    reports = [TargetReport({"name": name}, (), ()) for name in ("one", "other")]
+    root = ET.parse(junit.write(reports, tmp_path / "junit.xml")).getroot()
+    assert [suite.get("name") for suite in root.findall("testsuite")] == ["one", "other"]

@@ -55,10 +55,18 @@ def read(path: Path) -> Run:
         "recorded",
         engine=f"vllm {version}" if (version := _text(meta, "vllm_version", meta_file)) else None,
         model=_text(meta, "model", meta_file),
-        engine_config={key: value for key, value in kwargs.items() if value is not None and key != "model"},
+        engine_config=_engine_config(kwargs, meta.get("kv_cache")),
         source={**source, **{key: meta[key] for key in ("dataset_path", "dataset_hash", "started_at") if key in meta}},
     )
     return Run(info, {"requests": from_columns("requests", columns, requests_file)}, name=str(path))
+
+
+def _engine_config(kwargs: dict[str, Any], kv_cache: Any) -> dict[str, Any]:
+    """The engine's settings; newer recordings state the cache that vLLM settled on beside them (`kv_cache`)."""
+    settings = {key: value for key, value in kwargs.items() if value is not None and key != "model"}
+    if isinstance(kv_cache, dict):
+        settings |= {key: kv_cache[key] for key in ("num_gpu_blocks", "block_size") if kv_cache.get(key) is not None}
+    return settings
 
 
 def _read_row(row: Row) -> dict[str, Any]:

@@ -1,0 +1,134 @@
+"""What every latency model must keep: add a model, add a line to MODELS."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvtwin.sim.latency.composed import ComposedLatency
+from kvtwin.sim.latency.grid import Grid
+from kvtwin.sim.latency.linear import LinearLatency
+from kvtwin.sim.latency.profile import LATENCY_MODELS, PROFILE_SCHEMA_VERSION, Profile, read_profile
+from kvtwin.sim.latency.regression import FEATURES, RegressionLatency
+from kvtwin.sim.latency.stats import BatchStats
+from kvtwin.traces.errors import InputError
+
+COMPOSED = ComposedLatency(
+    num_layers=4,
+    num_kernels=40,
+    launch_gap_us=1.0,
+    tokens={"dense": Grid([[1, 64, 2048]], [50.0, 60.0, 2000.0])},
+    sequences=Grid([[1, 256]], [20.0, 60.0]),
+    decode=Grid([[1, 8, 256], [16, 16384]], [[5.0, 60.0], [8.0, 300.0], [60.0, 9000.0]]),
+    prefill=Grid([[16, 2048], [0, 16384]], [[8.0, 300.0], [170.0, 2100.0]]),
+    increment=Grid([[16, 2048], [0, 128], [16, 16384]], [[[0, 0], [90, 9000]], [[0, 0], [120, 9000]]]),
+    unevenness_decode=Grid([[4, 64, 256], [0.1, 0.5]], [[0.0, 0.0], [0.017, 0.01], [0.009, 0.004]]),
+    unevenness_mixed=Grid([[0.0], [0.0]], [[0.01]]),
+)
+MODELS: dict[str, Any] = {
+    "linear": LinearLatency(1000, 10, 1, 5),
+    "regression": RegressionLatency({"step": 2.5e6, "num_tokens": 7.1e4, "prefill_pairs": 28.5}),
+    "composed": COMPOSED,
+}
+
+members = st.lists(
+    st.tuples(st.integers(0, 20_000), st.one_of(st.just(1), st.integers(2, 4096))), min_size=1, max_size=40
+)
+
+
+def batch(pairs: list[tuple[int, int]]) -> BatchStats:
+    cache_lens, input_lens = zip(*pairs, strict=True)
+    return BatchStats.of_batch(cache_lens, input_lens)
+
+
+def test_every_model_of_a_profile_is_held_to_the_contract() -> None:
+    assert set(MODELS) == set(LATENCY_MODELS)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@given(st.lists(members, min_size=2, max_size=6))
+def test_a_batchs_time_is_a_positive_integer_and_its_own(name: str, batches: list[list[tuple[int, int]]]) -> None:
+    model = MODELS[name]
+    alone = [model.step_ns(batch(pairs), 0) for pairs in batches]
+    together = model.step_ns(BatchStats(np.concatenate([batch(pairs).table for pairs in batches])), 0)
+    assert together.dtype == np.int64
+    assert np.all(together >= 1)
+    assert np.array_equal(together, np.concatenate(alone))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_profile_round_trip_changes_no_nanosecond(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    Profile(kind=name, latency=MODELS[name].to_json(), hardware="a GPU").write(path)
+    model = read_profile(path).latency_model()
+    sample = batch([(100, 1), (5000, 1), (0, 700)])
+    assert model.step_ns(sample, 0) == MODELS[name].step_ns(sample, 0)
+    with pytest.raises(InputError, match="exists already"):
+        Profile(kind=name, latency=MODELS[name].to_json()).write(path)
+
+
+@given(st.lists(members, min_size=1, max_size=8))
+def test_statistics_of_a_table_equal_those_of_each_batch(batches: list[list[tuple[int, int]]]) -> None:
+    flat = np.array([pair for pairs in batches for pair in pairs], dtype=np.int64)
+    offsets = np.cumsum([0, *(len(pairs) for pairs in batches)])[:-1]
+    table = BatchStats.of_members(offsets, flat[:, 0], flat[:, 1]).table
+    assert np.array_equal(table, np.concatenate([batch(pairs).table for pairs in batches]))
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_every_feature_is_a_number_per_batch(name: str) -> None:
+    values = FEATURES[name](batch([(3, 1), (7, 5)]))
+    assert values.shape == (1,)
+    assert values[0] >= 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema_version": 99}, f"schema_version is 99; this kvtwin reads {PROFILE_SCHEMA_VERSION}"),
+        ({"kind": "oracle"}, "kind is 'oracle'; known: linear, regression, composed"),
+        ({"latency": {"base_ns": "soon"}}, "is damaged"),
+        ({"latency": [1, 2]}, "is damaged"),
+        ({"surprise": 1}, "unknown key 'surprise'"),
+        ({"host": {"schedule_ns": 1, "nap_ns": 2}}, "not a profile"),
+        ({"domain": {"num_elephants": [0, 1]}}, "not a profile"),
+    ],
+)
+def test_a_damaged_profile_is_one_line(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    good = Profile(kind="linear", latency=MODELS["linear"].to_json()).to_json()
+    path.write_text(json.dumps({**good, **change}))
+    with pytest.raises(InputError) as caught:
+        read_profile(path)
+    assert message in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"schema_version": 1}', "\x00"])
+def test_what_is_no_profile_is_refused(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    path.write_text(text)
+    with pytest.raises(InputError):
+        read_profile(path)
+    with pytest.raises(InputError, match="cannot be read"):
+        read_profile(tmp_path / "absent.json")
+
+
+def test_uneven_contexts_cost_more_than_even_ones() -> None:
+    even = COMPOSED.step_ns(batch([(1000, 1)] * 64), 0)
+    uneven = COMPOSED.step_ns(batch([(4000, 1)] + [(952, 1)] * 62 + [(976, 1)]), 0)
+    assert uneven > even
+
+
+def test_parts_add_up_to_the_step() -> None:
+    sample = batch([(1000, 1)] * 5 + [(0, 300)])
+    assert round(1e3 * sum(float(part[0]) for part in COMPOSED.parts_us(sample).values())) == COMPOSED.step_ns(
+        sample, 0
+    )

@@ -1,0 +1,259 @@
+"""The whole pipeline for one target: calibrate, simulate every workload, compare with every recording of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from kvtwin.calibrate.gpus import gpu_spec
+from kvtwin.calibrate.kernels import calibrate_kernels
+from kvtwin.calibrate.models import ModelSpec, model_spec
+from kvtwin.calibrate.steps import calibrate_steps
+from kvtwin.sim.config import VllmConfig, recorded_settings, vllm_config
+from kvtwin.sim.latency.profile import Profile, read_profile
+from kvtwin.sim.latency.stats import BatchStats
+from kvtwin.sim.simulate import simulate
+from kvtwin.traces.errors import InputError
+from kvtwin.traces.readers import read_run
+from kvtwin.traces.readers.allreduce import read_allreduce
+from kvtwin.traces.readers.llmservingsim_profile import read_kernel_profile
+from kvtwin.traces.run import Run
+from kvtwin.validate.e2e import compare_e2e
+from kvtwin.validate.noise import step_floor
+from kvtwin.validate.result import Check, Comparison, TargetReport
+from kvtwin.validate.step import build_predictions, compare_steps
+from kvtwin.validate.target import Target, Workload
+
+Progress = Callable[[str], None]
+
+_GPU_MEMORY_UTILIZATION = 0.9  # vLLM's default
+
+
+@dataclass
+class _Notes:
+    """What the report must say about how it came about."""
+
+    engines: dict[str, Any] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
+
+
+def check_target(target: Target, *, seed: int = 0, progress: Progress = lambda _: None) -> tuple[TargetReport, Profile]:
+    """Calibrate the target's profile, simulate its workloads and judge the result.
+
+    Args:
+        target: see `target.read_target`.
+        seed: of every bootstrap interval.
+        progress: called with what is being done.
+
+    Raises:
+        InputError: something in the target's files cannot be used.
+    """
+    progress("reading recordings")
+    groups = [(workload, [read_run(path) for path in workload.runs]) for workload in target.workloads]
+    first = _settings(target, groups[0][0], groups[0][1][0])
+    progress("calibrating")
+    profile = _profile(target, first, groups[0][1][0], seed)
+    notes = _Notes()
+    checks: list[Check] = []
+    comparisons: list[Comparison] = []
+    for workload, runs in groups:
+        found = _judge_workload(target, profile, workload, runs, notes, seed, progress)
+        for comparison, judged in found:
+            comparisons.append(comparison)
+            checks += judged
+    report = TargetReport(
+        target=_facts(target, profile, groups[0][1][0]),
+        checks=tuple(checks),
+        comparisons=tuple(comparisons),
+        profile={key: value for key, value in profile.to_json().items() if key not in ("latency", "schema_version")},
+        provenance={
+            "kvtwin": version("kvtwin"),
+            "target": target.path.name,
+            "seed": seed,
+            "engine settings": notes.engines,
+            "remarks": notes.remarks,
+            "recordings": {comparison.name: dict(comparison.measured.info.source) for comparison in comparisons},
+        },
+    )
+    return report, profile
+
+
+def _facts(target: Target, profile: Profile, run: Run) -> dict[str, str]:
+    facts = {
+        "hardware": profile.hardware or run.info.hardware,
+        "model": target.model.name if target.model else profile.model or run.info.model,
+        "engine": run.info.engine or profile.engine,
+        **target.facts,
+        "name": target.name,
+    }
+    return {key: value for key, value in facts.items() if value}
+
+
+def _settings(target: Target, workload: Workload, run: Run) -> dict[str, Any]:
+    """Engine settings: what the recording says, then the target's, then the workload's."""
+    recorded = recorded_settings(run.info.engine_config)
+    if run.info.engine and run.info.engine.startswith("vllm "):
+        recorded["version"] = run.info.engine.removeprefix("vllm ")
+    settings = {**recorded, **target.engine, **workload.engine}
+    if target.tensor_parallel_size is not None:
+        settings["tensor_parallel_size"] = target.tensor_parallel_size
+    return {key: value for key, value in settings.items() if value is not None}
+
+
+def _model(target: Target, *names: str | None) -> ModelSpec:
+    if target.model is not None:
+        return target.model
+    name = next((name for name in names if name), None)
+    if name is None:
+        raise InputError("which model? Name it: model = 'meta-llama/Llama-3.1-8B'", path=target.path, column="model")
+    try:
+        return model_spec(name)
+    except InputError as error:
+        raise InputError(error.problem, path=target.path, column="model") from None
+
+
+def _profile(target: Target, settings: Mapping[str, Any], run: Run, seed: int) -> Profile:
+    if target.profile is None:
+        return calibrate_steps([read_run(path) for path in target.calibrate], seed=seed)
+    if target.profile.is_file():
+        return read_profile(target.profile)
+    kernels = read_kernel_profile(target.profile, int(settings.get("tensor_parallel_size", 1)))
+    try:
+        return calibrate_kernels(
+            kernels,
+            model=_model(target, kernels.meta.get("model"), run.info.model),
+            max_model_len=settings.get("max_model_len"),
+            enforce_eager=bool(settings.get("enforce_eager", False)),
+            collectives=read_allreduce(target.collectives) if target.collectives else None,
+            seed=seed,
+        )
+    except InputError as error:
+        raise InputError(error.problem, path=error.path or target.path, row=error.row, column=error.column) from None
+
+
+def _judge_workload(
+    target: Target,
+    profile: Profile,
+    workload: Workload,
+    runs: Sequence[Run],
+    notes: _Notes,
+    seed: int,
+    progress: Progress,
+) -> list[tuple[Comparison, list[Check]]]:
+    """Simulate one workload and compare it with each of its recordings."""
+    sent = read_run(workload.workload) if workload.workload else None
+    names = tuple(path.name for path in workload.runs)
+    floor = step_floor(runs) if len(runs) > 1 and all(run.has("steps") for run in runs) else None
+    twins = _Twins(profile)
+    result = []
+    for name, run in zip(names, runs, strict=True):
+        progress(f"simulating {name}")
+        config = _config(target, workload, run, profile, notes)
+        notes.engines[name] = {key: getattr(config, key) for key in VllmConfig.__slots__}
+        twin = twins.of(with_prompts(run, sent), config)
+        predictions = _predictions(run, profile)
+        comparison = Comparison(name, run, twin, workload.clock, predictions, names if len(names) > 1 else ())
+        progress(f"judging {name}")
+        judged = compare_e2e(run, twin, name=name, clock=workload.clock, repeats=runs, gates=target.gates, seed=seed)
+        if predictions is not None:
+            metrics = floor.metrics if floor else None
+            judged = [*compare_steps(predictions, name=name, floor=metrics, gates=target.gates, seed=seed), *judged]
+        result.append((comparison, judged))
+    return result
+
+
+class _Twins:
+    """Simulated runs by what went in: repeats with equal arrivals and settings share one simulation."""
+
+    _INPUTS = ("request_id", "arrival_ns", "input_tokens", "output_tokens", "priority", "block_hashes")
+
+    def __init__(self, profile: Profile) -> None:
+        self._profile = profile
+        self._known: list[tuple[pa.Table, VllmConfig, Run]] = []
+
+    def of(self, workload: Run, config: VllmConfig) -> Run:
+        asked = workload.requests.select(list(self._INPUTS))
+        for inputs, settings, run in self._known:
+            if settings == config and inputs.equals(asked):
+                return run
+        run = simulate(workload, config, self._profile.latency_model(), self._profile.host)
+        self._known.append((asked, config, run))
+        return run
+
+
+def with_prompts(run: Run, sent: Run | None) -> Run:
+    """A recording with the prompt blocks of the workload that was sent, joined by request id.
+
+    Raises:
+        InputError: a recorded request is not in the workload, or differs in length.
+    """
+    if sent is None:
+        return run
+    rows = {name: row for row, name in enumerate(sent.requests.column("request_id").to_pylist())}
+    order = []
+    for row, name in enumerate(run.requests.column("request_id").to_pylist()):
+        if name not in rows:
+            raise InputError(f"{name!r} is not in the workload", path=run.path, row=row, column="request_id")
+        order.append(rows[name])
+    prompts = sent.requests.take(order)
+    for column in ("input_tokens", "output_tokens"):
+        recorded, planned = run.requests.column(column).to_pylist(), prompts.column(column).to_pylist()
+        for row, (found, asked) in enumerate(zip(recorded, planned, strict=True)):
+            if found != asked:
+                raise InputError(f"{found}, but the workload has {asked}", path=run.path, row=row, column=column)
+    index = run.requests.column_names.index("block_hashes")
+    requests = run.requests.set_column(index, run.requests.schema.field(index), prompts.column("block_hashes"))
+    info = run.info
+    joined = type(info)(**{**vars(info), "hash_block_tokens": sent.info.hash_block_tokens})
+    return Run(joined, {"requests": requests}, name=str(run.path))
+
+
+def _config(target: Target, workload: Workload, run: Run, profile: Profile, notes: _Notes) -> VllmConfig:
+    """The engine's config; what a recording leaves open is filled in, and said."""
+    settings = _settings(target, workload, run)
+    model = target.model
+    if "num_gpu_blocks" not in settings:
+        model = _model(target, profile.model, run.info.model)
+        settings["num_gpu_blocks"] = _estimated_blocks(target, model, profile, settings, notes)
+    if not settings.get("max_model_len") and model is not None:
+        capacity = (settings["num_gpu_blocks"] - 1) * settings.get("block_size", 16)
+        settings["max_model_len"] = min(model.max_position_embeddings, capacity)
+    return vllm_config(settings, target.path)
+
+
+def _estimated_blocks(
+    target: Target, model: ModelSpec, profile: Profile, settings: Mapping[str, Any], notes: _Notes
+) -> int:
+    name = target.facts.get("hardware") or profile.hardware or ""
+    gpu = gpu_spec(name)
+    if gpu is None:
+        problem = f"num_gpu_blocks is not recorded, and the memory of {name!r} is not known: set it under [engine]"
+        raise InputError(problem, path=target.path, column="engine")
+    blocks = model.kv_blocks(
+        gpu.memory_bytes,
+        tensor_parallel_size=settings.get("tensor_parallel_size", 1),
+        block_size=settings.get("block_size", 16),
+        gpu_memory_utilization=settings.get("gpu_memory_utilization", _GPU_MEMORY_UTILIZATION),
+    )
+    remark = f"num_gpu_blocks is not recorded: {blocks} estimated from the GPU's memory and the model's size"
+    if remark not in notes.remarks:
+        notes.remarks.append(remark)
+    return blocks
+
+
+def _predictions(run: Run, profile: Profile) -> pa.Table | None:
+    if not run.has("steps"):
+        return None
+    batches = BatchStats.of_steps(run.steps)
+    predicted = profile.latency_model().step_ns(batches, 0)
+    return build_predictions(run.steps, predicted, profile.extrapolates(batches))
+
+
+def output_name(path: Path) -> str:
+    """Folder for a target's output where several are checked: the name of the target's folder or file."""
+    return path.resolve().name if path.is_dir() else path.resolve().stem

@@ -1,0 +1,88 @@
+"""`kvtwin validate step|e2e`: two runs, or a run and a profile, compared. (`kvtwin check` is in reports/.)"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvtwin.validate.result import Check
+
+
+def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `validate`."""
+    parser = subparsers.add_parser("validate", help="compare a recording with a prediction")
+    levels = parser.add_subparsers(metavar="LEVEL", dest="level", required=True)
+    e2e = levels.add_parser("e2e", help="TTFT, TPOT, latency, throughput: a recorded run and a simulated one")
+    e2e.add_argument("measured", type=Path, help="recorded run")
+    e2e.add_argument("predicted", type=Path, help="simulated run, or another recording of the same workload")
+    e2e.add_argument(
+        "--clock",
+        choices=("queued", "arrival"),
+        default="queued",
+        help="what TTFT and latency count from: the engine's queue or the client (default: queued)",
+    )
+    e2e.add_argument("--repeats", type=Path, nargs="+", default=[], metavar="RUN", help="more recordings: noise floor")
+    e2e.set_defaults(run=_e2e)
+    step = levels.add_parser("step", help="step latency: a recorded run with steps, and a profile")
+    step.add_argument("measured", type=Path, help="recorded run with steps")
+    step.add_argument("predicted", type=Path, help="profile (JSON)")
+    step.add_argument("--repeats", type=Path, nargs="+", default=[], metavar="RUN", help="more recordings: noise floor")
+    step.set_defaults(run=_step)
+    for level in (e2e, step):
+        level.add_argument("--seed", type=int, default=0, help="of the bootstrap intervals (default: 0)")
+        level.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def _e2e(args: argparse.Namespace) -> int:
+    from kvtwin.traces.readers import read_run
+    from kvtwin.validate.e2e import compare_e2e
+
+    measured, predicted = read_run(args.measured), read_run(args.predicted)
+    repeats = [measured, *(read_run(path) for path in args.repeats)] if args.repeats else []
+    clock: Any = f"{args.clock}_ns"
+    _print(
+        compare_e2e(measured, predicted, name=args.measured.name, clock=clock, repeats=repeats, seed=args.seed), args
+    )
+    return 0
+
+
+def _step(args: argparse.Namespace) -> int:
+    from kvtwin.sim.latency.profile import read_profile
+    from kvtwin.sim.latency.stats import BatchStats
+    from kvtwin.traces.readers import read_run
+    from kvtwin.validate.noise import step_floor
+    from kvtwin.validate.step import build_predictions, compare_steps
+
+    measured, profile = read_run(args.measured), read_profile(args.predicted)
+    batches = BatchStats.of_steps(measured.steps)
+    predicted = profile.latency_model().step_ns(batches, 0)
+    predictions = build_predictions(measured.steps, predicted, profile.extrapolates(batches))
+    floor = step_floor([measured, *(read_run(path) for path in args.repeats)]) if args.repeats else None
+    metrics = floor.metrics if floor else None
+    _print(compare_steps(predictions, name=args.measured.name, floor=metrics, seed=args.seed), args)
+    return 0
+
+
+def _print(checks: list[Check], args: argparse.Namespace) -> None:
+    if args.json:
+        rows = [{name: _plain(getattr(check, name)) for name in check.__slots__} for check in checks]
+        print(json.dumps({"checks": rows}, allow_nan=False))
+        return
+    print(f"{'metric':20} {'measured':>12} {'predicted':>12} {'error':>9} {'95 % interval':>20} {'noise floor':>12}")
+    for check in checks:
+        interval = "" if check.interval is None else f"{check.interval[0]:+.2%} .. {check.interval[1]:+.2%}"
+        floor = "" if check.noise_floor is None else f"{check.noise_floor:.2%}"
+        values = f"{_number(check.measured)} {_number(check.simulated)}"
+        print(f"{check.metric:20} {values} {check.error:+9.2%} {interval:>20} {floor:>12}")
+
+
+def _number(value: float) -> str:
+    return f"{'':>12}" if math.isnan(value) else f"{value:12,.3f}"
+
+
+def _plain(value: Any) -> Any:
+    return None if isinstance(value, float) and math.isnan(value) else value
