@@ -17,13 +17,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from kvtwin.calibrate.stats import relative_errors
 from kvtwin.reports import queue
 from kvtwin.reports.numbers import count, number, percent
 from kvtwin.traces.run import Run
 from kvtwin.traces.time import NS_PER_MS, NS_PER_S
 from kvtwin.validate.e2e import request_metrics
 from kvtwin.validate.result import Comparison
-from kvtwin.validate.stats import relative_errors
 
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]

@@ -27,11 +27,11 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from kvtwin.calibrate import stats
+from kvtwin.calibrate.stats import FloatArray
 from kvtwin.sim.latency.stats import BatchStats
 from kvtwin.traces.run import Run
-from kvtwin.validate import stats
 from kvtwin.validate.gates import REGIMES
-from kvtwin.validate.stats import FloatArray
 from kvtwin.validate.step import SIGNED, durations_ns, regimes, step_statistics
 
 # Two batches are alike if their contexts differ by no more than this share, or by this many tokens. Without a bound

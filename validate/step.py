@@ -9,12 +9,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from kvtwin.calibrate import stats
+from kvtwin.calibrate.stats import FloatArray, Statistic
 from kvtwin.sim.latency.stats import BatchStats
 from kvtwin.traces.time import to_ms
-from kvtwin.validate import stats
 from kvtwin.validate.gates import NO_GATES, REGIMES, Gates, judge
 from kvtwin.validate.result import PREDICTIONS, Check
-from kvtwin.validate.stats import FloatArray, Statistic
 
 NAN: Final = float("nan")
 

@@ -140,7 +140,7 @@ def block_length(series: FloatArray) -> int:
     b = (2 G^2 / D)^(1/3) n^(1/3), G = sum_k lambda(k/M) |k| R(k), D = 4/3 (sum_k lambda(k/M) R(k))^2, with the
     flat-top window lambda and M twice the lag after which the autocorrelation stays negligible (Politis & White
     2004, corrected by Patton, Politis & White 2009). That b minimises the mean squared error of the variance,
-    which leaves too much bias for an interval: on AR(1) rows 2b covers 2 to 5 points more (tests/validate).
+    which leaves too much bias for an interval: on AR(1) rows 2b covers 2 to 5 points more (tests/calibrate).
 
     Returns:
         1 for rows that look independent, and at most n / 5, so that a sample has five blocks.
@@ -224,7 +224,7 @@ def bootstrap(
     of the block bootstrap's variance (Lahiri 2003, chapter 5), on the scale of log(1 + error), where a ratio cannot
     become negative. Neither matters for many blocks. Without them a
     95 % interval of a mean over 300 AR(1) rows (rho 0.9) covers the truth in 83 % of cases, with them in 91 %, and
-    that of a quantile in 96 to 97 %; independent rows give 94 % and 98 % (tests/validate/test_stats.py). The
+    that of a quantile in 96 to 97 %; independent rows give 94 % and 98 % (tests/calibrate/test_stats.py). The
     bias-corrected percentile was tried: it covers quantiles of such samples worse (84 to 92 %).
 
     Args:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtwin.validate import stats
+from kvtwin.calibrate import stats
 
 
 def ar1(rng: np.random.Generator, rho: float, rows: int, n: int) -> stats.FloatArray:
