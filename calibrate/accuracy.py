@@ -1,0 +1,71 @@
+"""How wrong a fit is on data it has not seen: one summary for every fit, so that profiles can be compared."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvtwin.calibrate import stats
+
+
+def summarize(
+    measured_ns: npt.ArrayLike, predicted_ns: npt.ArrayLike, *, groups: npt.ArrayLike | None = None, seed: int = 0
+) -> dict[str, Any]:
+    """Errors of hold-out predictions, relative to the measurement, as plain numbers for JSON.
+
+    The interval is a 95 % bootstrap of the MAPE. It resamples whole groups where they are given (rows that share a
+    cause: a table row, a run), since errors within a group repeat one another. Without groups it resamples blocks of
+    neighbouring rows, whose length follows from the errors' autocorrelation: pass the rows in the order of time.
+
+    Args:
+        measured_ns, predicted_ns: positive measurements and their predictions, shape (n,); any one unit will do.
+        groups: label of each row's group, shape (n,).
+        seed: of the resampling.
+
+    Returns:
+        n; mape, the mean |predicted / measured - 1|, and its interval [low, high]; bias, the mean signed error;
+        p50, p90, p99 of the absolute error. All but n are fractions (0.05 is 5 %); they are None where n is 0, and
+        the interval is None for fewer than five groups (or rows), which tell too little.
+
+    Raises:
+        ValueError: a measurement is not positive, or a prediction is not finite.
+
+    >>> found = summarize([100, 200], [110, 160])
+    >>> found["n"], round(found["mape"], 6), round(found["bias"], 6), found["interval"]
+    (2, 0.15, -0.05, None)
+    """
+    measured, predicted = np.asarray(measured_ns, np.float64), np.asarray(predicted_ns, np.float64)
+    if not (np.all(measured > 0) and np.all(np.isfinite(predicted))):
+        raise ValueError("measurements must be positive and predictions finite")
+    n = len(measured)
+    if n == 0:
+        return {"n": 0, **dict.fromkeys(("mape", "interval", "bias", "p50", "p90", "p99"))}
+    error = stats.relative_errors(measured, predicted)
+    size = np.abs(error)
+    interval = _interval(size, None if groups is None else np.asarray(groups), seed)
+    p50, p90, p99 = np.quantile(size, [0.5, 0.9, 0.99]).tolist()
+    return {
+        "n": n,
+        "mape": float(size.mean()),
+        "interval": None if interval is None else list(interval),
+        "bias": float(error.mean()),
+        "p50": p50,
+        "p90": p90,
+        "p99": p99,
+    }
+
+
+def _interval(size: stats.FloatArray, groups: npt.NDArray[Any] | None, seed: int) -> stats.Interval | None:
+    """Of the mean of `size`."""
+    if groups is None:
+        rows, length, statistic = len(size), stats.block_length(size), stats.weighted_mean(size)
+    else:
+        _, place = np.unique(groups, return_inverse=True)
+        count = np.bincount(place.ravel()).astype(np.float64)
+        total = np.bincount(place.ravel(), weights=size).astype(np.float64)
+        # The mean of |e| over drawn groups is sum(total + count) / sum(count) - 1.
+        rows, length, statistic = len(count), 1, stats.ratio_of_sums(total + count, count)
+    found = stats.bootstrap(rows, length, {"mape": statistic}, stats.stream(seed, "mape"))
+    return stats.usable(found["mape"], rows, size=True)
