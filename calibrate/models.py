@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import Any, Final
 
+from kvtwin.calibrate.gpus import GIB
 from kvtwin.traces.errors import InputError
 
 
@@ -43,15 +44,17 @@ class ModelSpec:
         return 2 * self.num_hidden_layers * heads * self.head_dim * element_bytes
 
     def kv_blocks(
-        self, gpu_memory_bytes: float, *, tensor_parallel_size: int, block_size: int, gpu_memory_utilization: float
+        self, gpu_memory_bytes: int, *, tensor_parallel_size: int, block_size: int, gpu_memory_utilization: float
     ) -> int:
         """Estimate of vLLM's num_gpu_blocks for a recording that does not state it.
 
-        vLLM measures what is left of gpu_memory_utilization * memory after the weights and a profiling run
-        (`Worker.determine_available_memory`). The weights are counted at 2 bytes; 4 % of the memory is
-        taken off for activations, CUDA graphs and the context.
+        vLLM gives the cache what is left of gpu_memory_utilization * memory after the weights and the peak of a
+        profiling run (`Worker.determine_available_memory`). The weights are counted at 2 bytes. 1 % of the memory
+        is the driver's, and 1.5 GiB are taken off for activations and the CUDA context: what start-up logs of
+        such models show at 2,048 tokens per step, within 1 GiB.
         """
-        budget = gpu_memory_bytes * (gpu_memory_utilization - 0.04) - 2 * self.num_parameters / tensor_parallel_size
+        budget = gpu_memory_bytes * 0.99 * gpu_memory_utilization - 1.5 * GIB
+        budget -= 2 * self.num_parameters / tensor_parallel_size
         return max(2, int(budget // (self.kv_bytes_per_token(tensor_parallel_size) * block_size)))
 
     def activated_experts(self, num_tokens: int) -> float:
