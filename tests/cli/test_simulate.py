@@ -1,0 +1,90 @@
+"""`kvtwin simulate` as a user calls it: good runs, and every kind of bad input in one line and exit code 2."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kvtwin.reports.cli import main
+from kvtwin.sim.latency.linear import LinearLatency
+from kvtwin.sim.latency.profile import Profile
+from kvtwin.traces.run import Run
+
+TRACE = [
+    {"request_id": "a", "arrival_s": 0.0, "input_length": 40, "output_length": 5},
+    {"request_id": "b", "arrival_s": 0.001, "input_length": 20, "output_length": 3},
+]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "trace.jsonl").write_text("".join(json.dumps(row) + "\n" for row in TRACE))
+    (tmp_path / "engine.toml").write_text('version = "0.32"\nnum_gpu_blocks = 100\nmax_num_seqs = 8\n')
+    Profile(kind="linear", latency=LinearLatency(6_000_000, 25_000, 20, 10_000).to_json()).write(tmp_path / "p.json")
+    return tmp_path
+
+
+def simulate(folder: Path, *more: str, trace: str = "trace.jsonl", output: str = "run") -> int:
+    places = [str(folder / trace), "--engine", str(folder / "engine.toml"), "--profile", str(folder / "p.json")]
+    return main(["simulate", *places, "-o", str(folder / output), *more])
+
+
+def test_the_result_is_a_run_and_its_costs_are_reported(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert simulate(folder, "--record", "steps", "--json") == 0
+    metrics = json.loads(capsys.readouterr().out)["metrics"]
+    assert {"load_s", "core_s", "write_s", "num_steps", "peak_rss_bytes"} <= set(metrics)
+    run = Run.open(folder / "run")
+    assert run.steps.num_rows == metrics["num_steps"] > 0
+    assert run.requests.column("request_id").to_pylist() == ["a", "b"]
+    assert run.info.metrics["peak_rss_bytes"] > 0
+
+
+def test_the_same_command_gives_the_same_tables(folder: Path) -> None:
+    for output in ("one", "other"):
+        assert simulate(folder, "--record", "steps", output=output) == 0
+    for table in ("requests", "steps"):
+        one, other = ((folder / name / f"{table}.parquet").read_bytes() for name in ("one", "other"))
+        assert one == other
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("engine.toml", "num_gpu_blocks = 100\nmax_num_sequences = 8\n", "did you mean max_num_seqs?"),
+        ("engine.toml", "num_gpu_blocks = \n", "not readable as toml"),
+        ("engine.toml", "num_gpu_blocks = 3\n", "longer than max_model_len (32)"),
+        ("p.json", '{"schema_version": 7}', "schema_version is 7"),
+        ("trace.jsonl", '{"request_id": "a", "arrival_s": 0, "input_length": -3, "output_length": 5}\n', "row 1"),
+        ("trace.jsonl", '{"request_id": "a", "arrival_s": NaN, "input_length": 3, "output_length": 5}\n', "row 1"),
+        ("trace.jsonl", '{"request_id": "a", "input_length": 3, "output_length": 5}\n', "row 1"),
+        ("trace.jsonl", json.dumps(TRACE[0]) + "\n" + json.dumps(TRACE[0]) + "\n", "row"),
+        ("trace.jsonl", json.dumps(TRACE[1]) + "\n" + json.dumps(TRACE[0]) + "\n", "is before the row above"),
+        ("trace.jsonl", "", "trace.jsonl"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(
+    folder: Path, capsys: pytest.CaptureFixture[str], file: str, text: str, message: str
+) -> None:
+    (folder / file).write_text(text)
+    before = sorted(path.name for path in folder.iterdir())
+    assert simulate(folder) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("kvtwin: error: ")
+    assert error.count("\n") == 1
+    assert message in error
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_an_output_that_exists_is_kept(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "run").mkdir()
+    (folder / "run" / "mine.txt").write_text("keep")
+    assert simulate(folder) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert (folder / "run" / "mine.txt").read_text() == "keep"
+
+
+def test_an_unknown_table_to_record_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert simulate(folder, "--record", "steps,dreams") == 2
+    assert "'dreams'" in capsys.readouterr().err
