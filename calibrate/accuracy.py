@@ -1,13 +1,17 @@
-"""How wrong a fit is on data it has not seen: one summary for every fit, so that profiles can be compared."""
+"""How wrong predicted times are: one summary for every fit, one set of metrics for predicted steps."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from kvtwin.calibrate import stats
+from kvtwin.sim.latency.stats import REGIMES
+
+# The step metrics that can be negative; the others are sizes.
+SIGNED: Final = ("step_bias", "step_mean_error")
 
 
 def summarize(
@@ -69,3 +73,22 @@ def _interval(size: stats.FloatArray, groups: npt.NDArray[Any] | None, seed: int
         rows, length, statistic = len(count), 1, stats.ratio_of_sums(total + count, count)
     found = stats.bootstrap(rows, length, {"mape": statistic}, stats.stream(seed, "mape"))
     return stats.usable(found["mape"], rows, size=True)
+
+
+def step_statistics(
+    measured: stats.FloatArray, predicted: stats.FloatArray, regime: npt.NDArray[np.str_]
+) -> dict[str, stats.Statistic]:
+    """Every step metric by name, as a statistic of weighted rows. `measured` is positive throughout.
+
+    step_mape: mean |relative error|, and of each regime that occurs; step_pNN_ape: its quantiles;
+    step_bias: relative error of the total time; step_mean_error: mean of the signed relative errors.
+    """
+    error = stats.relative_errors(measured, predicted)
+    size = np.abs(error)
+    return {
+        "step_mape": stats.weighted_mean(size),
+        **{f"step_mape_{name}": stats.weighted_mean(size, regime == name) for name in REGIMES if name in regime},
+        "step_bias": stats.ratio_of_sums(predicted, measured),
+        "step_mean_error": stats.weighted_mean(error),
+        **{f"step_p{q}_ape": stats.weighted_quantile(size, q / 100) for q in (50, 90, 99)},
+    }

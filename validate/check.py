@@ -13,6 +13,7 @@ import pyarrow as pa
 from kvtwin.calibrate.gpus import gpu_spec
 from kvtwin.calibrate.kernels import calibrate_kernels
 from kvtwin.calibrate.models import ModelSpec, model_spec
+from kvtwin.calibrate.noise import step_floor
 from kvtwin.calibrate.steps import calibrate_steps
 from kvtwin.sim.config import VllmConfig, recorded_settings, vllm_config
 from kvtwin.sim.latency.profile import Profile, read_profile
@@ -24,7 +25,6 @@ from kvtwin.traces.readers.allreduce import read_allreduce
 from kvtwin.traces.readers.llmservingsim_profile import read_kernel_profile
 from kvtwin.traces.run import Run
 from kvtwin.validate.e2e import compare_e2e
-from kvtwin.validate.noise import step_floor
 from kvtwin.validate.result import Check, Comparison, TargetReport
 from kvtwin.validate.step import build_predictions, compare_steps
 from kvtwin.validate.target import Target, Workload

@@ -51,10 +51,10 @@ def _e2e(args: argparse.Namespace) -> int:
 
 
 def _step(args: argparse.Namespace) -> int:
+    from kvtwin.calibrate.noise import step_floor
     from kvtwin.sim.latency.profile import read_profile
     from kvtwin.sim.latency.stats import BatchStats
     from kvtwin.traces.readers import read_run
-    from kvtwin.validate.noise import step_floor
     from kvtwin.validate.step import build_predictions, compare_steps
 
     measured, profile = read_run(args.measured), read_profile(args.predicted)

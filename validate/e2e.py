@@ -14,12 +14,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kvtwin.calibrate import stats
+from kvtwin.calibrate import noise, stats
 from kvtwin.calibrate.stats import FloatArray, Interval, Statistic
 from kvtwin.traces.errors import InputError
 from kvtwin.traces.run import Run
 from kvtwin.traces.time import NS_PER_MS, NS_PER_S
-from kvtwin.validate import noise
 from kvtwin.validate.gates import NO_GATES, STATISTICS, TIMES, Gates, judge
 from kvtwin.validate.result import Check
 

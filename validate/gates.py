@@ -15,12 +15,12 @@ from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any, Final
 
+from kvtwin.sim.latency.stats import REGIMES
 from kvtwin.traces.errors import InputError
 from kvtwin.validate.result import Check, Verdict
 
 TIMES: Final = ("ttft", "tpot", "latency")
 STATISTICS: Final = ("mean", "p50", "p90", "p99")
-REGIMES: Final = ("prefill", "decode", "mixed")
 
 # A family's gate holds for each of its members. The per-request MAPE is in no family: it is several times the error
 # of a mean, so one number cannot serve both.

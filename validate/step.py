@@ -10,28 +10,14 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from kvtwin.calibrate import stats
-from kvtwin.calibrate.stats import FloatArray, Statistic
-from kvtwin.sim.latency.stats import BatchStats
+from kvtwin.calibrate.accuracy import SIGNED, step_statistics
+from kvtwin.calibrate.stats import FloatArray
+from kvtwin.sim.latency.stats import REGIMES, BatchStats, durations_ns
 from kvtwin.traces.time import to_ms
-from kvtwin.validate.gates import NO_GATES, REGIMES, Gates, judge
+from kvtwin.validate.gates import NO_GATES, Gates, judge
 from kvtwin.validate.result import PREDICTIONS, Check
 
 NAN: Final = float("nan")
-
-# The metrics that can be negative; the others are sizes.
-SIGNED: Final = ("step_bias", "step_mean_error")
-
-
-def regimes(batches: BatchStats) -> npt.NDArray[np.str_]:
-    """ "prefill", "decode" or "mixed" of each batch; a member with one new token is a decode."""
-    prefill, decode = batches.num_prefill > 0, batches.num_decode > 0
-    return np.select([prefill & decode, prefill], ["mixed", "prefill"], "decode")
-
-
-def durations_ns(steps: pa.Table) -> npt.NDArray[np.int64]:
-    """How long the model ran in each step: end_ns - start_ns."""
-    durations: npt.NDArray[np.int64] = steps.column("end_ns").to_numpy() - steps.column("start_ns").to_numpy()
-    return durations
 
 
 def build_predictions(
@@ -52,30 +38,13 @@ def build_predictions(
         "start_ns": steps.column("start_ns"),
         "measured_ns": durations_ns(steps),
         "predicted_ns": predicted_ns,
-        "regime": regimes(batches),
+        "regime": batches.regime,
         "num_reqs": batches.num_reqs,
         "num_tokens": batches.num_tokens,
         "context_tokens": batches.decode_context + batches.prefill_context,
         "extrapolated": pa.nulls(steps.num_rows, pa.bool_()) if extrapolated is None else extrapolated,
     }
     return pa.table(columns, schema=PREDICTIONS)
-
-
-def step_statistics(measured: FloatArray, predicted: FloatArray, regime: npt.NDArray[np.str_]) -> dict[str, Statistic]:
-    """Every step metric by name, as a statistic of weighted rows. `measured` is positive throughout.
-
-    step_mape: mean |relative error|, and of each regime that occurs; step_pNN_ape: its quantiles;
-    step_bias: relative error of the total time; step_mean_error: mean of the signed relative errors.
-    """
-    error = stats.relative_errors(measured, predicted)
-    size = np.abs(error)
-    return {
-        "step_mape": stats.weighted_mean(size),
-        **{f"step_mape_{name}": stats.weighted_mean(size, regime == name) for name in REGIMES if name in regime},
-        "step_bias": stats.ratio_of_sums(predicted, measured),
-        "step_mean_error": stats.weighted_mean(error),
-        **{f"step_p{q}_ape": stats.weighted_quantile(size, q / 100) for q in (50, 90, 99)},
-    }
 
 
 def compare_steps(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,8 @@ COLUMNS = (
     "prefill_pairs",  # (query, key) pairs of causal attention: sum of input*cache + input*(input+1)/2
     "prefill_tokens_sq",  # sum of the squares of their input_len
 )
+
+REGIMES: Final = ("prefill", "decode", "mixed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,3 +112,15 @@ class BatchStats:
     def num_tokens(self) -> IntArray:
         """New tokens."""
         return self.num_decode + self.prefill_tokens
+
+    @property
+    def regime(self) -> npt.NDArray[np.str_]:
+        """One of REGIMES per batch: only prefills, only decodes, or both."""
+        prefill, decode = self.num_prefill > 0, self.num_decode > 0
+        return np.select([prefill & decode, prefill], ["mixed", "prefill"], "decode")
+
+
+def durations_ns(steps: pa.Table) -> IntArray:
+    """How long the model ran in each row of a `steps` table (schema.STEPS): end_ns - start_ns."""
+    durations: IntArray = steps.column("end_ns").to_numpy() - steps.column("start_ns").to_numpy()
+    return durations

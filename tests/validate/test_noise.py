@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvtwin.calibrate import stats
+from kvtwin.calibrate import noise, stats
 from kvtwin.traces.run import Run
-from kvtwin.validate import noise
 
 
 def test_floors_by_hand() -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from kvtwin.calibrate.noise import step_floor
 from kvtwin.traces.readers import vllm_recording
 from kvtwin.validate.e2e import compare_e2e
-from kvtwin.validate.noise import step_floor
 
 
 @pytest.mark.parametrize(

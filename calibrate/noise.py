@@ -28,11 +28,10 @@ import numpy as np
 import numpy.typing as npt
 
 from kvtwin.calibrate import stats
+from kvtwin.calibrate.accuracy import SIGNED, step_statistics
 from kvtwin.calibrate.stats import FloatArray
-from kvtwin.sim.latency.stats import BatchStats
+from kvtwin.sim.latency.stats import REGIMES, BatchStats, durations_ns
 from kvtwin.traces.run import Run
-from kvtwin.validate.gates import REGIMES
-from kvtwin.validate.step import SIGNED, durations_ns, regimes, step_statistics
 
 # Two batches are alike if their contexts differ by no more than this share, or by this many tokens. Without a bound
 # the nearest batch can be far away, and the floor would forgive a twin for errors that are not noise.
@@ -70,7 +69,7 @@ class StepFloor:
 
     Attributes:
         metrics: noise floor by step metric ("step_mape", "step_mape_decode", "step_bias", ...); see
-            `step.step_statistics`.
+            `accuracy.step_statistics`.
         matched: share of all steps that found a step with an alike batch in another recording.
         num_pairs: pairs of steps compared, over all ordered pairs of recordings.
         drift: largest ratio between two recordings of the median time of alike batches: above 1 where the machine
@@ -130,7 +129,7 @@ class _Side:
         batches, duration = batches[duration > 0], duration[duration > 0]
         shape = np.column_stack([batches.num_decode, batches.num_prefill, batches.prefill_tokens])
         context = batches.decode_context + batches.prefill_context
-        return cls(shape, context, duration.astype(np.float64), regimes(batches))
+        return cls(shape, context, duration.astype(np.float64), batches.regime)
 
 
 @dataclass(frozen=True)
