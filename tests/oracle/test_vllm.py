@@ -11,7 +11,7 @@ import pytest
 from kvtwin.traces.readers import vllm_recording
 
 sys.path.insert(0, str(Path(__file__).parent))
-import compare
+import compare  # type: ignore[import-not-found]  # beside this file: the command that users run
 
 SHARED = Path(os.environ.get("KVTWIN_SHARED", Path(__file__).resolve().parents[3] / "shared"))
 CASES = compare.find_cases(SHARED / "oracle")

@@ -21,7 +21,7 @@ from kvtwin.traces.run import Run, RunInfo
 from kvtwin.traces.table import from_columns
 
 sys.path.insert(0, str(Path(__file__).parent))
-from workloads import configs, workloads
+from workloads import configs, workloads  # type: ignore[import-not-found]  # beside this file
 
 LATENCY = LinearLatency(1_000_000, 20_000, 50, 10_000)
 HOSTS = st.sampled_from([HostTime(), HostTime(200_000, 10_000, 100_000, 5_000, 30_000)])
