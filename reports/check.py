@@ -1,0 +1,159 @@
+"""`kvtwin check` and `kvtwin demo`: run the pipeline for targets and show what it found, in every form."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from kvtwin.traces.errors import InputError
+
+if TYPE_CHECKING:
+    from kvtwin.validate.result import TargetReport
+    from kvtwin.validate.target import Target
+
+DEMO_TARGET: Final = "vllm-cpu-tiny"
+_PAGE: Final = "report.html"
+
+
+def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `check` and `demo`."""
+    check = subparsers.add_parser(
+        "check",
+        help="calibrate, simulate and judge hardware targets, with gates",
+        description="The whole pipeline for each target. Exit code 1 if a gate fails, 2 on bad input.",
+    )
+    check.add_argument("targets", nargs="+", type=Path, metavar="TARGET", help="target.toml, or the folder it is in")
+    _add_output(check, required=True)
+    check.add_argument("--junit", type=Path, metavar="FILE", help="also write the JUnit XML of all targets here")
+    check.set_defaults(run=_check)
+    demo = subparsers.add_parser(
+        "demo",
+        help="the bundled recordings of a real engine: calibrate, simulate, validate, report",
+        description="Runs `check` on the bundled target: recordings of a real vLLM engine on a CPU.",
+    )
+    _add_output(demo, required=False)
+    demo.set_defaults(run=_demo)
+
+
+def _add_output(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    parser.add_argument(
+        "-o", "--output", type=Path, required=required, metavar="OUT", help="folder to write; must not exist"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap intervals (default: 0)")
+    parser.add_argument("--json", action="store_true", help="print the checks as one JSON document")
+
+
+def _check(args: argparse.Namespace) -> int:
+    from kvtwin.validate.check import output_name
+
+    names = [output_name(path) for path in args.targets]
+    repeated = next((name for name in names if names.count(name) > 1), None)
+    if repeated is not None:
+        raise InputError(f"two targets are called {repeated!r}: their outputs would be one folder")
+    places = names if len(names) > 1 else [""]
+    reports = run_targets(args.targets, places, args.output, seed=args.seed, junit=args.junit)
+    return _show(reports, args)
+
+
+def _demo(args: argparse.Namespace) -> int:
+    import kvtwin.traces
+
+    target = Path(kvtwin.traces.__path__[0]) / "targets" / DEMO_TARGET
+    output = args.output or _unused(Path("runs") / "demo")
+    reports = run_targets([target], [""], output, seed=args.seed)
+    code = _show(reports, args)
+    print(f"page: {(output / _PAGE).resolve()}", file=sys.stderr if args.json else sys.stdout)
+    return code
+
+
+def _unused(path: Path) -> Path:
+    """`path`, or `path`-2, -3 ... where it exists: the demo can be run again."""
+    number = 1
+    candidate = path
+    while candidate.exists():
+        number += 1
+        candidate = path.with_name(f"{path.name}-{number}")
+    return candidate
+
+
+def run_targets(
+    targets: Sequence[Path], places: Sequence[str], output: Path, *, seed: int = 0, junit: Path | None = None
+) -> list[TargetReport]:
+    """Check each target and write what was found below `output`: all of it or nothing.
+
+    Args:
+        targets: target.toml files or their folders.
+        places: folder of each below `output`; "" for `output` itself.
+        output: must not exist.
+        seed: of the bootstrap intervals.
+        junit: one more JUnit file, for all targets.
+
+    Raises:
+        InputError: bad input anywhere, or `output` exists.
+    """
+    from kvtwin.traces.run import refuse_existing
+    from kvtwin.validate import junit as junit_xml
+    from kvtwin.validate.target import read_target
+
+    refuse_existing(output)
+    read = [read_target(path) for path in targets]  # a mistake in the last file must not cost the work on the first
+    output.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    try:
+        scratch.chmod(0o755)
+        reports = [_run_target(target, scratch / place, seed) for target, place in zip(read, places, strict=True)]
+        junit_xml.write(reports, scratch / "junit.xml")
+        if junit is not None:
+            junit_xml.write(reports, junit)
+        scratch.rename(output)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    return reports
+
+
+def _run_target(target: Target, folder: Path, seed: int) -> TargetReport:
+    from kvtwin.reports.html import write_html
+    from kvtwin.reports.markdown import render_markdown
+    from kvtwin.traces.files import write_text
+    from kvtwin.validate import checks_json
+    from kvtwin.validate.check import check_target
+
+    report, profile = check_target(target, seed=seed, progress=_Progress(target.name))
+    checks_json.write(report, folder / "checks.json")
+    profile.write(folder / "profile.json")
+    for comparison in report.comparisons:
+        comparison.simulated.write(folder / "simulated" / comparison.name)
+    write_text(folder / "checks.md", render_markdown(report))
+    write_html(report, folder / _PAGE)
+    return report
+
+
+class _Progress:
+    """One line per stage on stderr, with the seconds since the start; silent when not a terminal."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._started = name, time.monotonic()
+
+    def __call__(self, stage: str) -> None:
+        if sys.stderr.isatty():
+            print(f"[{time.monotonic() - self._started:5.1f} s] {self._name}: {stage}", file=sys.stderr)
+
+
+def _show(reports: Sequence[TargetReport], args: argparse.Namespace) -> int:
+    from kvtwin.reports.terminal import print_report
+    from kvtwin.validate.checks_json import to_json
+
+    if args.json:
+        print(json.dumps({"targets": [to_json(report) for report in reports]}, allow_nan=False))
+    else:
+        for report in reports:
+            print_report(report, sys.stdout)
+    return int(any(report.verdict == "fail" for report in reports))
