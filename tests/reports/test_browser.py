@@ -105,9 +105,8 @@ def test_the_table_shows_the_numbers_of_the_checks(driver: Any, report: TargetRe
     assert rows[0][:10] == [
         "alpha", "e2e", "ttft_p90", "100 ms", "91.4 ms", "-8.60 %", "-10.0 to -7.00 %", "2.00 %", "5.00 %", "✗ fail",
     ]  # fmt: skip
-    exact = driver.execute_script(
-        "return [...document.querySelectorAll('#checks tbody tr')].map(r => [3, 4, 5, 7, 8].map(i => r.cells[i].dataset.value))"
-    )
+    values_of = "row => [3, 4, 5, 7, 8].map(column => row.cells[column].dataset.value)"
+    exact = driver.execute_script(f"return [...document.querySelectorAll('#checks tbody tr')].map({values_of})")
     for check, values in zip(report.checks, exact, strict=True):
         wanted = (check.measured, check.simulated, check.error, check.noise_floor, check.threshold)
         assert values == ["" if value is None or math.isnan(value) else repr(value) for value in wanted]

@@ -58,7 +58,9 @@ def test_every_colour_is_defined_for_light_and_dark(comparison: Comparison) -> N
 
 
 def test_parity_points_are_measured_against_predicted_by_regime(comparison: Comparison) -> None:
-    decode = [trace for trace in by_key(comparison)["parity"].spec["data"] if trace["name"] == "decode"]  # type: ignore[index]
+    spec = by_key(comparison)["parity"].spec
+    assert spec is not None
+    decode = [trace for trace in spec["data"] if trace["name"] == "decode"]
     inside = next(trace for trace in decode if trace["marker"]["symbol"] == "diamond")
     assert inside["x"][:2] == [11.0, 14.0]
     assert inside["y"][:2] == [12.1, 15.4]
