@@ -8,16 +8,27 @@ nanoseconds per step, per token, per (query, key) pair ... and never negative.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
 from kvtwin.sim.latency.grid import FloatArray
 from kvtwin.sim.latency.stats import BatchStats, IntArray
 
-FEATURES: Mapping[str, Callable[[BatchStats], IntArray]] = {
+Feature = Callable[[BatchStats], IntArray]
+
+# Where the price of a token may rise. Below some batch size a step waits for the weights, above it for the
+# arithmetic (the roofline), and again where activations outgrow a cache: a price that only ever rises.
+TOKEN_KNOTS: Final = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
+
+
+def _tokens_over(knot: int) -> Feature:
+    return lambda batches: np.maximum(batches.num_tokens - knot, 0)
+
+
+FEATURES: Final[Mapping[str, Feature]] = {
     "step": lambda batches: np.ones(len(batches), dtype=np.int64),
     "prefill_step": lambda batches: np.minimum(batches.num_prefill, 1),
     "num_reqs": lambda batches: batches.num_reqs,
@@ -30,10 +41,11 @@ FEATURES: Mapping[str, Callable[[BatchStats], IntArray]] = {
     "prefill_context": lambda batches: batches.prefill_context,
     "prefill_pairs": lambda batches: batches.prefill_pairs,
     "prefill_tokens_sq": lambda batches: batches.prefill_tokens_sq,
+    **{f"tokens_over_{knot}": _tokens_over(knot) for knot in TOKEN_KNOTS},
 }
 
 
-def design(batches: BatchStats, names: list[str] | tuple[str, ...]) -> FloatArray:
+def design(batches: BatchStats, names: Sequence[str]) -> FloatArray:
     """The features of n batches: float64 of shape (n, len(names))."""
     return np.column_stack([FEATURES[name](batches) for name in names]).astype(np.float64)
 

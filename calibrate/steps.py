@@ -1,0 +1,363 @@
+"""Recorded steps -> fitted regression: prices per step, per token, per (query, key) pair, with hold-out errors."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import pairwise
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from kvtwin.calibrate import stats
+from kvtwin.calibrate.accuracy import summarize
+from kvtwin.calibrate.host import fit_host_time, host_accuracy
+from kvtwin.calibrate.noise import step_floor
+from kvtwin.calibrate.robust import fit_nonnegative
+from kvtwin.sim.latency.grid import FloatArray
+from kvtwin.sim.latency.profile import Profile
+from kvtwin.sim.latency.regression import FEATURES, TOKEN_KNOTS, RegressionLatency, design
+from kvtwin.sim.latency.stats import COLUMNS, REGIMES, BatchStats, IntArray, durations_ns
+from kvtwin.traces.errors import InputError, KvtwinError
+from kvtwin.traces.run import Run
+
+Progress = Callable[[str], None]
+
+MIN_STEPS: Final = 50  # fewer cannot be split into a part to fit and a part to judge
+_TIME_BLOCKS: Final = 5  # hold-out parts of a single recording
+_RESAMPLES: Final = 500
+
+# What each set adds to the one before it, simplest first; the last one holds every feature.
+_GROWTH: Final[Mapping[str, tuple[str, ...]]] = {
+    "tokens": ("step", "num_tokens"),
+    "context": ("decode_context",),
+    "work": ("num_reqs", "prefill_pairs"),
+    "roofline": ("prefill_step", *(f"tokens_over_{knot}" for knot in TOKEN_KNOTS)),
+    "everything": tuple(FEATURES),
+}
+
+
+def _nested() -> dict[str, tuple[str, ...]]:
+    sets: dict[str, tuple[str, ...]] = {}
+    grown: tuple[str, ...] = ()
+    for name, more in _GROWTH.items():
+        grown = sets[name] = tuple(dict.fromkeys((*grown, *more)))
+    return sets
+
+
+FEATURE_SETS: Final[Mapping[str, tuple[str, ...]]] = _nested()
+
+
+class NotFittedError(KvtwinError):
+    """A `StepRegression` was asked for coefficients before `fit`."""
+
+
+class StepRegression:
+    """Step latency as a sum of features, each with a price that is never negative.
+
+        latency_ns = sum over features of coefficient * feature
+
+    The fit is `robust.fit_nonnegative`: towards the mean latency, with bounded influence of stalls.
+
+    Args:
+        features: names out of `sim.latency.regression.FEATURES`.
+
+    Attributes:
+        coefficients_ns_: after `fit`: nanoseconds per unit of each feature, in the order of `features`.
+
+    >>> batches = BatchStats(np.array([[n, 100 * n, 0, 100, 0, 0, 0, 0, 0] for n in range(1, 60)]))
+    >>> fitted = StepRegression(["step", "num_reqs"]).fit(batches, 5000 + 20 * batches.num_reqs)
+    >>> fitted.coefficients_ns_.round(6).tolist()
+    [5000.0, 20.0]
+    """
+
+    def __init__(self, features: Sequence[str]) -> None:
+        self.features = tuple(features)
+
+    def fit(self, batches: BatchStats, latency_ns: npt.ArrayLike) -> StepRegression:
+        """Find the prices.
+
+        Args:
+            batches: n batches.
+            latency_ns: how long each took, shape (n,), positive.
+
+        Raises:
+            InputError: an unknown feature.
+            ValueError: a latency is not positive and finite, or not one per batch.
+        """
+        times = np.asarray(latency_ns, np.float64)
+        if times.shape != (len(batches),) or not np.all((times > 0) & np.isfinite(times)):
+            raise ValueError("one positive latency per batch expected")
+        unknown = [name for name in self.features if name not in FEATURES]
+        if unknown:
+            raise InputError(f"unknown feature {unknown[0]!r}; known: {', '.join(FEATURES)}")
+        self._found = fit_nonnegative(design(batches, self.features), times)
+        return self
+
+    @property
+    def coefficients_ns_(self) -> FloatArray:
+        """Nanoseconds per unit of each feature. Raises NotFittedError before `fit`."""
+        try:
+            return self._found
+        except AttributeError:
+            raise NotFittedError("this StepRegression has no coefficients yet: call fit(batches, latency_ns)") from None
+
+    def to_latency(self) -> RegressionLatency:
+        """The latency model of the features that cost something. Raises NotFittedError before `fit`."""
+        prices = zip(self.features, self.coefficients_ns_.tolist(), strict=True)
+        return RegressionLatency({name: price for name, price in prices if price > 0})
+
+
+def calibrate_steps(runs: Sequence[Run], *, seed: int = 0, progress: Progress | None = None) -> Profile:
+    """Fit a step-latency profile on the `steps` tables of recorded runs.
+
+    **Choice of features.** Each of the nested `FEATURE_SETS` predicts every step from a fit that has not seen it:
+    whole runs are left out in turn; of a single run, five contiguous stretches of time (neighbours share the
+    machine's speed of the moment, so a random split would let a fit look at its own exam). The loss is the gamma
+    deviance y/p - 1 - log(y/p), which the true mean minimises and which has no unit (a MAPE would prefer whatever
+    predicts too little). The simplest set wins whose loss is within one standard error of the best (Breiman et al.
+    1984, section 3.4.3); the standard error is of the difference on the same steps, resampled in blocks of time, as
+    the drift of the machine hits both alike.
+
+    **What it aims at** is the mean speed of the recordings given; every step counts the same. Where the machine
+    drifts, another recording lies off by the drift: see the profile's errors by run and its noise floor.
+
+    The hold-out errors are those of the chosen set; choosing among five adds next to nothing to them.
+
+    Args:
+        runs: recordings of one engine on one hardware, each with a `steps` table.
+        seed: of the resampling; the coefficients do not depend on it.
+        progress: told what is being done, once per feature set.
+
+    Raises:
+        InputError: no run; fewer than MIN_STEPS steps; a run without steps; a step that took no time or has an empty
+            batch; recordings of different engines, hardware, models or tensor-parallel degrees.
+    """
+    data = _Samples.of(runs)
+    tell = progress or (lambda _: None)
+    predictions: dict[str, FloatArray] = {}
+    for name in FEATURE_SETS:
+        tell(f"features: {name}")
+        predictions[name] = held_out(data.batches, data.latency_ns, data.fold, FEATURE_SETS[name])
+    chosen = _choose(data, predictions, seed)
+    latency = StepRegression(FEATURE_SETS[chosen]).fit(data.batches, data.latency_ns).to_latency()
+    tell("host time and noise floor")
+    host, host_note = fit_host_time(runs)
+    facts = {name: _common(runs, name) for name in ("hardware", "model", "engine")}
+    return Profile(
+        kind="regression",
+        latency=latency.to_json(),
+        host=host,
+        **facts,
+        tensor_parallel_size=_tensor_parallel_size(runs),
+        domain={name: _range(getattr(data.batches, name)) for name in COLUMNS},
+        accuracy={
+            **_accuracy(data, predictions[chosen], seed),
+            **host_accuracy(runs, seed=seed),
+            **_floors(runs, data.names),
+        },
+        provenance={
+            "method": "gamma quasi-likelihood with Huber weights, non-negative coefficients",
+            "runs": [
+                {"name": name, "steps": len(rows), "sha256": digest}
+                for name, rows, digest in zip(data.names, data.rows, data.digests, strict=True)
+            ],
+            "held_out": "whole runs in turn" if len(runs) > 1 else f"{_TIME_BLOCKS} contiguous stretches of time",
+            "features": chosen,
+            "features_tried": _scores(data, predictions),
+            "host_time": host_note,
+            "seed": seed,
+            "kvtwin": version("kvtwin"),
+        },
+    )
+
+
+def held_out(batches: BatchStats, latency_ns: FloatArray, fold: IntArray, features: Sequence[str]) -> FloatArray:
+    """Predict every step from a fit on the steps of all other folds, in nanoseconds: shape (n,).
+
+    Args:
+        batches: n batches.
+        latency_ns: how long each took, shape (n,).
+        fold: label of the part each step is left out with, shape (n,); at least two different ones.
+        features: of the regression.
+    """
+    predicted = np.empty(len(batches))
+    for part in np.unique(fold):
+        left_out = fold == part
+        fitted = StepRegression(features).fit(batches[~left_out], latency_ns[~left_out])
+        predicted[left_out] = fitted.to_latency().step_ns(batches[left_out], 0)
+    return predicted
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """All steps of all runs, one after the other.
+
+    Attributes:
+        batches, latency_ns: n rows.
+        fold: which part a row is left out with, shape (n,).
+        names, rows, digests: by run; `rows` are the places of its steps.
+    """
+
+    batches: BatchStats
+    latency_ns: FloatArray
+    fold: IntArray
+    names: tuple[str, ...]
+    rows: tuple[range, ...]
+    digests: tuple[str, ...]
+
+    @classmethod
+    def of(cls, runs: Sequence[Run]) -> _Samples:
+        """Check the runs and join them; see `calibrate_steps` for what is refused."""
+        if not runs:
+            raise InputError("no recording to calibrate on: at least one run with steps is needed")
+        _refuse_mixture(runs)
+        tables = [_checked(run) for run in runs]
+        ends = np.cumsum([0, *(table.num_rows for table in tables)]).tolist()
+        if ends[-1] < MIN_STEPS:
+            raise InputError(f"{ends[-1]} steps in all: at least {MIN_STEPS} are needed to fit and to judge the fit")
+        run_of = np.repeat(np.arange(len(runs)), np.diff(ends))
+        return cls(
+            batches=BatchStats(np.concatenate([BatchStats.of_steps(table).table for table in tables])),
+            latency_ns=np.concatenate([durations_ns(table) for table in tables]).astype(np.float64),
+            fold=run_of if len(runs) > 1 else np.arange(ends[-1]) * _TIME_BLOCKS // ends[-1],
+            names=_names(runs),
+            rows=tuple(range(*bounds) for bounds in pairwise(ends)),
+            digests=tuple(_digest(table) for table in tables),
+        )
+
+    def loss(self, predicted: FloatArray) -> FloatArray:
+        """Gamma deviance of each step, halved."""
+        ratio = self.latency_ns / predicted
+        return ratio - 1 - np.log(ratio)
+
+
+def _checked(run: Run) -> pa.Table:
+    steps = run.steps
+    if not steps.num_rows:
+        raise InputError("the steps table is empty: nothing to calibrate on", path=run.path)
+    bad = np.flatnonzero(durations_ns(steps) <= 0)
+    if bad.size:
+        start = steps.column("start_ns")[int(bad[0])].as_py()
+        problem = f"the step ends where it starts ({start} ns): a duration of at least 1 ns expected"
+        raise InputError(problem, path=run.path, row=int(bad[0]), column="end_ns")
+    empty = np.flatnonzero(np.diff(steps.column("cache_len").combine_chunks().offsets.to_numpy()) == 0)
+    if empty.size:
+        raise InputError("the batch is empty", path=run.path, row=int(empty[0]), column="request")
+    return steps
+
+
+def _refuse_mixture(runs: Sequence[Run]) -> None:
+    for name in ("engine", "hardware", "model"):
+        _common(runs, name)
+    _tensor_parallel_size(runs)
+
+
+def _common(runs: Sequence[Run], name: str) -> str | None:
+    """What the runs' heads say under `name`; runs that say nothing are taken to agree."""
+    value: str | None = _agreed(runs, [getattr(run.info, name) for run in runs], name)
+    return value
+
+
+def _tensor_parallel_size(runs: Sequence[Run]) -> int:
+    sizes = [run.info.engine_config.get("tensor_parallel_size") for run in runs]
+    return int(_agreed(runs, sizes, "tensor_parallel_size") or 1)
+
+
+def _agreed(runs: Sequence[Run], values: Sequence[Any], name: str) -> Any:
+    known = [(run, value) for run, value in zip(runs, values, strict=True) if value is not None]
+    if not known:
+        return None
+    for run, value in known[1:]:
+        if value != known[0][1]:
+            problem = f"{value!r} here, {known[0][1]!r} in the first recording: calibrate each on its own"
+            raise InputError(problem, path=run.path, column=name)
+    return known[0][1]
+
+
+def _choose(data: _Samples, predictions: Mapping[str, FloatArray], seed: int) -> str:
+    """The simplest feature set within one standard error of the best."""
+    losses = {name: data.loss(predicted) for name, predicted in predictions.items()}
+    best = min(losses, key=lambda name: float(losses[name].mean()))
+    for name, loss in losses.items():
+        excess = loss - losses[best]
+        if name == best or excess.mean() <= _standard_error(excess, seed):
+            return name
+    raise AssertionError("the best set is one of them")
+
+
+def _standard_error(values: FloatArray, seed: int) -> float:
+    """Of the mean of `values`, in the order of time."""
+    n = len(values)
+    weights = stats.block_weights(n, stats.block_length(values), _RESAMPLES, stats.stream(seed, "features"))
+    return float(np.std(weights @ values / n))
+
+
+def _scores(data: _Samples, predictions: Mapping[str, FloatArray]) -> dict[str, dict[str, float]]:
+    return {
+        name: {
+            "deviance": float(data.loss(predicted).mean()),
+            "mape": stats.mape(data.latency_ns, predicted),
+        }
+        for name, predicted in predictions.items()
+    }
+
+
+def _accuracy(data: _Samples, predicted: FloatArray, seed: int) -> dict[str, Any]:
+    regime = data.batches.regime
+    parts = {"steps": np.ones(len(predicted), np.bool_)}
+    parts |= {f"{name} steps": regime == name for name in REGIMES if name in regime}
+    for name, rows in zip(data.names, data.rows, strict=True):
+        parts[f"steps of {name}"] = np.isin(np.arange(len(predicted)), rows)
+    return {
+        name: summarize(data.latency_ns[rows], predicted[rows], seed=seed)
+        for name, rows in parts.items()
+        if len(data.names) > 1 or not name.startswith("steps of ")
+    }
+
+
+def _floors(runs: Sequence[Run], names: Sequence[str]) -> dict[str, Any]:
+    """The noise floor of each workload that was recorded more than once."""
+    repeats: dict[bytes, list[int]] = {}
+    for index, run in enumerate(runs):
+        lengths = [run.requests.column(name).to_numpy().tobytes() for name in ("input_tokens", "output_tokens")]
+        repeats.setdefault(hashlib.sha256(b"/".join(lengths)).digest(), []).append(index)
+    found: dict[str, Any] = {}
+    for members in repeats.values():
+        floor = step_floor([runs[index] for index in members]) if len(members) > 1 else None
+        if floor is not None:
+            label = ", ".join(names[index] for index in members)
+            found[f"noise floor of {label}"] = {
+                **floor.metrics, "matched": floor.matched, "pairs": floor.num_pairs, "drift": floor.drift,
+            }  # fmt: skip
+    return found
+
+
+def _names(runs: Sequence[Run]) -> tuple[str, ...]:
+    """Short names, made unique by a number where needed."""
+    names: list[str] = []
+    for index, run in enumerate(runs):
+        source = run.path or run.info.source.get("path")
+        name = str(source).rstrip("/").split("/")[-1] if source else f"run {index + 1}"
+        names.append(name if name not in names else f"{name} ({index + 1})")
+    return tuple(names)
+
+
+def _digest(steps: pa.Table) -> str:
+    """SHA-256 of times and batches: the same for a recording and for the run folder imported from it."""
+    digest = hashlib.sha256()
+    cache_len = steps.column("cache_len").combine_chunks()
+    input_len = steps.column("input_len").combine_chunks()
+    sizes = np.diff(cache_len.offsets.to_numpy())
+    starts, ends = (steps.column(name).to_numpy() for name in ("start_ns", "end_ns"))
+    for values in (starts, ends, sizes, cache_len.flatten().to_numpy(), input_len.flatten().to_numpy()):
+        digest.update(np.ascontiguousarray(values, dtype="<i8").tobytes())
+    return digest.hexdigest()
+
+
+def _range(values: IntArray) -> tuple[float, float]:
+    return (float(values.min()), float(values.max()))
