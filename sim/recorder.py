@@ -50,6 +50,8 @@ class RequestTimes:
         ):
             column = np.frombuffer(values, dtype=np.int64) if values else np.empty(0, np.int64)
             columns[name] = pa.array(column, mask=column == _UNKNOWN)
+        for name in ("client_first_token_ns", "client_finish_ns"):  # no client is simulated
+            columns[name] = pa.nulls(workload.num_rows, pa.int64())
         columns["num_preemptions"] = pa.array([request.num_preemptions for request in requests], pa.int64())
         columns["instance"] = pa.array(np.zeros(workload.num_rows, np.int32))
         return pa.table(columns, schema=REQUESTS)

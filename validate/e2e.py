@@ -34,8 +34,9 @@ def request_metrics(run: Run, clock: Clock) -> dict[str, FloatArray]:
 
     Args:
         run: any Run.
-        clock: what TTFT and latency count from: "queued_ns" (the engine's loop has the request) or "arrival_ns" (the
-            client has sent it).
+        clock: whose view: "queued_ns" (from when the engine's loop has the request to when the engine has the token)
+            or "arrival_ns" (from when the client sends it to when the client sees the token, or the engine has it
+            where the client's view is not known).
 
     Returns:
         "ttft_ms": clock to first token; "tpot_ms": (finish - first token) / (output tokens - 1), NaN for a single
@@ -50,13 +51,16 @@ def request_metrics(run: Run, clock: Clock) -> dict[str, FloatArray]:
         problem = "is unknown in this run; compare by the other clock (arrival_ns or queued_ns)"
         raise InputError(problem, path=run.path, column=clock)
     gaps = table.column("output_tokens").to_numpy() - 1
-    decode = _elapsed_ms(run, "first_token_ns", "finish_ns")
+    first, finish = "first_token_ns", "finish_ns"
+    if clock == "arrival_ns" and table.column("client_finish_ns").null_count < table.num_rows:
+        first, finish = "client_first_token_ns", "client_finish_ns"
+    decode = _elapsed_ms(run, first, finish)
     tpot: FloatArray = np.full(len(gaps), np.nan)
     np.divide(decode, gaps, out=tpot, where=gaps > 0)
     return {
-        "ttft_ms": _elapsed_ms(run, clock, "first_token_ns"),
+        "ttft_ms": _elapsed_ms(run, clock, first),
         "tpot_ms": tpot,
-        "latency_ms": _elapsed_ms(run, clock, "finish_ns"),
+        "latency_ms": _elapsed_ms(run, clock, finish),
     }
 
 

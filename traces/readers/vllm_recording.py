@@ -7,8 +7,9 @@
     summary.json, timing.json   optional: engine version and counts
 
 Two clocks meet in an engine recording (origin: the start of the run). `arrival_ns` is when the client sent the
-request (`due_s`); `queued_ns` when the scheduler got it (the file's `arrival_ns`); first token and finish are as the
-client saw them. An oracle log has one, virtual clock, and no input queue: its `queued_ns` is null.
+request (`due_s`); `queued_ns` when the scheduler got it (the file's `arrival_ns`). First token and finish are there
+twice: `client_*` as the client saw them, and as the engine had them, from the steps (when the scheduler had taken the
+token in). An oracle log has one, virtual clock, and no input queue: its `queued_ns` is null.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def read(path: Path) -> Run:
     columns = _request_columns(kvtwin_jsonl.parse(trace_file, hash_tokens), requests_file)
     hashes, hash_tokens_used = kvtwin_jsonl.block_hashes(columns.pop("_asked"), hash_tokens, token_block=block_size)
     steps = _read_steps(steps_file, {name: row for row, name in enumerate(columns["request_id"])})
-    from_steps = _first_admissions(steps, len(columns["request_id"]))
+    from_steps = {**_first_admissions(steps, len(columns["request_id"])), **_token_times(steps, columns)}
     columns = {**from_steps, **columns, "block_hashes": hashes}
     summary = read_json(summary_file) if summary_file else {}
     version = summary.pop("vllm", None)
@@ -122,12 +123,12 @@ def _seen_by_client(row: Row) -> dict[str, int]:
     times = {
         "arrival_ns": due_ns,
         "queued_ns": row.nanoseconds("arrival_ns"),
-        "first_token_ns": due_ns + from_seconds(row.seconds("ttft_s")),
-        "finish_ns": due_ns + from_seconds(row.seconds("e2e_s")),
+        "client_first_token_ns": due_ns + from_seconds(row.seconds("ttft_s")),
+        "client_finish_ns": due_ns + from_seconds(row.seconds("e2e_s")),
     }
-    if times["finish_ns"] < times["first_token_ns"]:
+    if times["client_finish_ns"] < times["client_first_token_ns"]:
         row.fail("e2e_s", "is shorter than ttft_s")
-    if times["finish_ns"] > MAX_TIME_NS:
+    if times["client_finish_ns"] > MAX_TIME_NS:
         row.fail("e2e_s", "ends beyond the time that kvtwin can hold")
     return times
 
@@ -232,3 +233,25 @@ def _first_admissions(steps: Mapping[str, list[Any]], num_requests: int) -> dict
         for request in preempted:
             preemptions[request] = (preemptions[request] or 0) + 1
     return {"scheduled_ns": scheduled, "cached_tokens": cached, "num_preemptions": preemptions}
+
+
+def _token_times(steps: Mapping[str, list[Any]], columns: Mapping[str, Any]) -> dict[str, list[int | None]]:
+    """When the engine had each request's first and last token; null for a request that the steps leave unfinished.
+
+    A step yields a token for each member whose last known token it computes.
+    """
+    known = list(columns["input_tokens"])
+    total = [prompt + output for prompt, output in zip(columns["input_tokens"], columns["output_tokens"], strict=True)]
+    first: list[int | None] = [None] * len(known)
+    finish: list[int | None] = [None] * len(known)
+    names = ("end_ns", "update_ns", "request", "cache_len", "input_len")
+    for end_ns, update_ns, *members in zip(*(steps[name] for name in names), strict=True):
+        now_ns = end_ns if update_ns is None else update_ns
+        for request, cache_len, input_len in zip(*members, strict=True):
+            if cache_len + input_len < known[request]:
+                continue
+            known[request] += 1
+            first[request] = now_ns if first[request] is None else first[request]
+            if known[request] == total[request]:
+                finish[request] = now_ns
+    return {"first_token_ns": first, "finish_ns": finish}
