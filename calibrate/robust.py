@@ -20,8 +20,8 @@ def fit_nonnegative(design: FloatArray, times: FloatArray) -> FloatArray:
     **Which centre.** Other tenants and the operating system make the same step take longer or shorter, and a
     simulation adds thousands of steps up: only the mean makes the sum come out right. Minimising the squared error
     relative to the *measurement* aims at E[1/y] / E[1/y^2], far below the mean (13 % too little time over the ten
-    recordings of vllm-cpu-tiny that are not fitted, against 5 %), and the smallest MAPE lies below the median for the same reason
-    (Gneiting 2011, "Making and evaluating point forecasts", section 3). So the squares are relative to the
+    recordings of vllm-cpu-tiny that are not fitted, against 5 %), and the smallest MAPE lies below the median for the
+    same reason (Gneiting 2011, "Making and evaluating point forecasts", section 3). So the squares are relative to the
     *prediction*: gamma quasi-likelihood with identity link (McCullagh & Nelder 1989, section 8.3), by iterated
     reweighting, each round by non-negative least squares (Lawson & Hanson 1974).
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -50,6 +51,10 @@ def _nested() -> dict[str, tuple[str, ...]]:
 
 
 FEATURE_SETS: Final[Mapping[str, tuple[str, ...]]] = _nested()
+
+
+# What `calibrate_steps` tells its `progress`, in order.
+STAGES: Final = (*(f"features: {name}" for name in FEATURE_SETS), "host time and noise floor")
 
 
 class NotFittedError(KvtwinError):
@@ -131,7 +136,7 @@ def calibrate_steps(runs: Sequence[Run], *, seed: int = 0, progress: Progress | 
     Args:
         runs: recordings of one engine on one hardware, each with a `steps` table.
         seed: of the resampling; the coefficients do not depend on it.
-        progress: told what is being done, once per feature set.
+        progress: called with each of STAGES when it begins.
 
     Raises:
         InputError: no run; fewer than MIN_STEPS steps; a run without steps; a step that took no time or has an empty
@@ -140,12 +145,12 @@ def calibrate_steps(runs: Sequence[Run], *, seed: int = 0, progress: Progress | 
     data = _Samples.of(runs)
     tell = progress or (lambda _: None)
     predictions: dict[str, FloatArray] = {}
-    for name in FEATURE_SETS:
-        tell(f"features: {name}")
+    for stage, name in zip(STAGES, FEATURE_SETS, strict=False):
+        tell(stage)
         predictions[name] = held_out(data.batches, data.latency_ns, data.fold, FEATURE_SETS[name])
     chosen = _choose(data, predictions, seed)
     latency = StepRegression(FEATURE_SETS[chosen]).fit(data.batches, data.latency_ns).to_latency()
-    tell("host time and noise floor")
+    tell(STAGES[-1])
     host, host_note = fit_host_time(runs)
     facts = {name: _common(runs, name) for name in ("hardware", "model", "engine")}
     return Profile(
@@ -237,17 +242,19 @@ class _Samples:
 
 
 def _checked(run: Run) -> pa.Table:
+    if not run.has("steps"):
+        raise InputError("no steps table: step latencies are fitted to recorded steps", path=_place(run))
     steps = run.steps
     if not steps.num_rows:
-        raise InputError("the steps table is empty: nothing to calibrate on", path=run.path)
+        raise InputError("the steps table is empty: nothing to calibrate on", path=_place(run))
     bad = np.flatnonzero(durations_ns(steps) <= 0)
     if bad.size:
         start = steps.column("start_ns")[int(bad[0])].as_py()
         problem = f"the step ends where it starts ({start} ns): a duration of at least 1 ns expected"
-        raise InputError(problem, path=run.path, row=int(bad[0]), column="end_ns")
+        raise InputError(problem, path=_place(run), row=int(bad[0]), column="end_ns")
     empty = np.flatnonzero(np.diff(steps.column("cache_len").combine_chunks().offsets.to_numpy()) == 0)
     if empty.size:
-        raise InputError("the batch is empty", path=run.path, row=int(empty[0]), column="request")
+        raise InputError("the batch is empty", path=_place(run), row=int(empty[0]), column="request")
     return steps
 
 
@@ -275,7 +282,7 @@ def _agreed(runs: Sequence[Run], values: Sequence[Any], name: str) -> Any:
     for run, value in known[1:]:
         if value != known[0][1]:
             problem = f"{value!r} here, {known[0][1]!r} in the first recording: calibrate each on its own"
-            raise InputError(problem, path=run.path, column=name)
+            raise InputError(problem, path=_place(run), column=name)
     return known[0][1]
 
 
@@ -341,10 +348,16 @@ def _names(runs: Sequence[Run]) -> tuple[str, ...]:
     """Short names, made unique by a number where needed."""
     names: list[str] = []
     for index, run in enumerate(runs):
-        source = run.path or run.info.source.get("path")
-        name = str(source).rstrip("/").split("/")[-1] if source else f"run {index + 1}"
+        place = _place(run)
+        name = Path(place).name if place else f"run {index + 1}"
         names.append(name if name not in names else f"{name} ({index + 1})")
     return tuple(names)
+
+
+def _place(run: Run) -> str | None:
+    """Where the run lies, or what it was read from."""
+    place = run.path or run.info.source.get("path")
+    return str(place) if place else None
 
 
 def _digest(steps: pa.Table) -> str:
