@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Final
 
 import numpy as np
@@ -11,6 +12,7 @@ import pyarrow as pa
 
 from kvtwin.calibrate import stats
 from kvtwin.calibrate.accuracy import SIGNED, step_statistics
+from kvtwin.calibrate.noise import MIN_MATCHED
 from kvtwin.calibrate.stats import FloatArray
 from kvtwin.sim.latency.stats import REGIMES, BatchStats, durations_ns
 from kvtwin.traces.time import to_ms
@@ -18,6 +20,7 @@ from kvtwin.validate.gates import NO_GATES, Gates, judge
 from kvtwin.validate.result import PREDICTIONS, Check
 
 NAN: Final = float("nan")
+_TOO_FEW: Final = f"fewer than {MIN_MATCHED} steps of this regime: not judged"
 
 
 def build_predictions(
@@ -92,7 +95,8 @@ def compare_steps(
             None if floor is None else floor.get(metric),
             note=notes,
         )
-        checks.append(judge(check, gates))
+        rare = count < min(MIN_MATCHED, n)  # a regime that hardly occurs is an anecdote
+        checks.append(replace(check, note=f"{notes}; {_TOO_FEW}") if rare else judge(check, gates))
     return checks
 
 

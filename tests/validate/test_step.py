@@ -104,15 +104,20 @@ def test_intervals_hold_the_error_and_sizes_stay_sizes() -> None:
 
 
 def test_gates_and_floor_are_applied() -> None:
-    gates = parse_gates({"step_mape": 0.2, "step_bias": 0.01})
-    checks = by_metric(compare_steps(TABLE, name="run", floor={"step_mape_mixed": 0.4}, gates=gates))
-    verdicts = {name: checks[name].verdict for name in ("step_mape", "step_mape_mixed", "step_bias", "step_p50_ape")}
-    assert verdicts == {
+    regime = ["decode"] * 10 + ["mixed"] * 10 + ["prefill"] * 2
+    table = predictions([100] * 22, [110] * 10 + [130] * 10 + [300] * 2, regime)
+    gates = parse_gates({"step_mape": 0.4, "step_mape_decode": 0.05, "step_bias": 0.01})
+    checks = by_metric(compare_steps(table, name="run", floor={"step_mape_mixed": 0.35}, gates=gates))
+    expected = {
         "step_mape": "pass",
+        "step_mape_decode": "fail",
         "step_mape_mixed": "not distinguishable",
+        "step_mape_prefill": "no gate",
         "step_bias": "fail",
         "step_p50_ape": "no gate",
     }
+    assert {name: checks[name].verdict for name in expected} == expected
+    assert "fewer than 10 steps of this regime: not judged" in checks["step_mape_prefill"].note
 
 
 def test_order_of_rows_and_seed() -> None:
