@@ -76,11 +76,11 @@ def kernel_profile(tensor_parallel_size: int = 1, **tables: pa.Table | None) -> 
         **tables,
     }
     meta = {"hardware": "a GPU", "vllm_version": "0.19.0"}
-    return KernelProfile(Path("profile"), tensor_parallel_size, meta, source={}, digest="0", **given)  # type: ignore[arg-type]
+    return KernelProfile(Path("profile"), tensor_parallel_size, meta, source={}, digest="0", **given)
 
 
 def latency_of(kernels: KernelProfile, model: ModelSpec = TINY, **options: pa.Table) -> ComposedLatency:
-    return ComposedLatency.from_json(calibrate_kernels(kernels, model=model, **options).latency)  # type: ignore[arg-type]
+    return ComposedLatency.from_json(calibrate_kernels(kernels, model=model, **options).latency)
 
 
 def test_a_step_is_the_sum_of_its_kernels() -> None:
