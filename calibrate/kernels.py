@@ -210,24 +210,17 @@ def _attention_grids(table: _Table, kernels: KernelProfile) -> dict[str, Grid]:
 
 
 def _increment(mixed: _Table, prefill: Grid) -> Grid:
-    """What decodes add to a prefill's attention, by (chunk, decodes, context); 0 decodes add nothing.
-
-    It hardly depends on the chunk's own prefix (a few percent up to 4,096 tokens), so prefixes are averaged.
-    """
-    added = mixed.time_us - prefill(mixed.prefill_chunk, mixed.kv_prefill)
-    short = mixed.kv_prefill <= _MAX_SKEW_PREFIX
+    """What decodes add to a prefill's attention, by (chunk, prefix, decodes, context); 0 decodes add nothing."""
     # A number of decodes measured at a few chunks only (the grid's corner) would have to be made up elsewhere.
-    chunks_of = {
-        count: len(np.unique(mixed.prefill_chunk[mixed.n_decode == count])) for count in np.unique(mixed.n_decode)
-    }
-    common = np.isin(
-        mixed.n_decode, [count for count, number in chunks_of.items() if 2 * number >= max(chunks_of.values())]
-    )
-    keep = short & common
-    grid = _filled([mixed.prefill_chunk[keep], mixed.n_decode[keep], mixed.kv_decode[keep]], added[keep])
-    nothing = np.zeros((len(grid.axes[0]), 1, len(grid.axes[2])))
-    axes = [grid.axes[0].tolist(), [0.0, *grid.axes[1].tolist()], grid.axes[2].tolist()]
-    return Grid(axes, np.concatenate([nothing, grid.values], axis=1))
+    counts, index = np.unique(mixed.n_decode, return_inverse=True)
+    num_chunks = np.array([len(np.unique(mixed.prefill_chunk[mixed.n_decode == count])) for count in counts])
+    mixed = mixed.where(2 * num_chunks[index] >= num_chunks.max())
+    added = mixed.time_us - prefill(mixed.prefill_chunk, mixed.kv_prefill)
+    grid = _filled([mixed.prefill_chunk, mixed.kv_prefill, mixed.n_decode, mixed.kv_decode], added)
+    chunks, prefixes, decodes, contexts = grid.axes
+    nothing = np.zeros((len(chunks), len(prefixes), 1, len(contexts)))
+    axes = [chunks.tolist(), prefixes.tolist(), [0.0, *decodes.tolist()], contexts.tolist()]
+    return Grid(axes, np.concatenate([nothing, grid.values], axis=2))
 
 
 def _filled(coordinates: Sequence[npt.NDArray[Any]], values: FloatArray) -> Grid:
@@ -368,6 +361,8 @@ def kernel_accuracy(kernels: KernelProfile, *, seed: int) -> dict[str, Any]:
     attention = _Table.of(kernels.attention)
     decode = attention.where(attention.prefill_chunk == 0)
     prefill = attention.where(attention.n_decode == 0)
+    mixed = attention.where((attention.prefill_chunk > 0) & (attention.n_decode > 0))
+    shape = [mixed.prefill_chunk, mixed.kv_prefill, mixed.n_decode, mixed.kv_decode]
     dense = _Table.of(kernels.dense)
     gemm = (
         dense.where(dense.layer == "gate_up_proj")
@@ -378,6 +373,8 @@ def kernel_accuracy(kernels: KernelProfile, *, seed: int) -> dict[str, Any]:
         "decode attention, context held out": ([decode.n_decode, decode.kv_decode], decode.time_us, 1),
         "prefill attention, prefix held out": ([prefill.prefill_chunk, prefill.kv_prefill], prefill.time_us, 1),
         "prefill attention, chunk held out": ([prefill.prefill_chunk, prefill.kv_prefill], prefill.time_us, 0),
+        "mixed attention, context held out": (shape, mixed.time_us, 3),
+        "mixed attention, chunk held out": (shape, mixed.time_us, 0),
         "largest GEMM, tokens held out": ([gemm.tokens], gemm.time_us, 0),
     }
     return {

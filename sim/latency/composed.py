@@ -5,7 +5,7 @@
 Attention of a step with d decodes (total context C, largest M, spread s) and prefill chunks of P tokens in all:
 
     decode only   decode(d, C/d)                            + unevenness_decode(d, v) * (M - C/d)
-    with prefill  prefill(P, K) + increment(P, d, C/d)      + unevenness_mixed(d, v)  * (M - C/d)
+    with prefill  prefill(P, K) + increment(P, K, d, C/d)   + unevenness_mixed(d, v)  * (M - C/d)
 
 The tables are measured with equal contexts. Where contexts differ, the thread blocks of the longest one end
 last: time grows with the excess of the longest over the mean, by a slope that falls with the number of
@@ -77,7 +77,7 @@ class ComposedLatency:
         chunk = batches.prefill_tokens
         prefix = np.maximum(batches.prefill_pairs - chunk * (chunk + 1) // 2, 0) / chunk
         chunk = np.maximum(chunk, self.prefill.axes[0][0])  # below the smallest measured chunk time is flat
-        return self.prefill(chunk, prefix) + self.increment(chunk, batches.num_decode, mean)
+        return self.prefill(chunk, prefix) + self.increment(chunk, prefix, batches.num_decode, mean)
 
     def _unevenness_us(self, batches: BatchStats, mean: FloatArray, pure: FloatArray) -> FloatArray:
         excess = batches.decode_context_max - mean
