@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pyarrow as pa
 
 from kvtwin.sim.request import Request
 from kvtwin.sim.schedulers.plan import StepPlan
+from kvtwin.sim.stretch import Steps
 from kvtwin.traces.schema import REQUESTS, STEPS
 
 _UNKNOWN = -1  # a request's time stamp that has not been set
@@ -81,6 +82,30 @@ class StepLog:
         self._add_list("input_len", plan.input_lens)
         self._add_list("preempted", [request.row for request in plan.preempted])
         self._add_list("finished", [request.row for request in finished])
+
+    def add_alike(self, steps: Steps, times_ns: Sequence[tuple[int, int, int]], updates_ns: Sequence[int]) -> None:
+        """Note the first `len(times_ns)` steps of a stretch; `times_ns` are sched, start, end."""
+        count, size = len(times_ns), len(steps.requests)
+        columns = [*zip(*times_ns, strict=True), updates_ns] if count else [()] * 4
+        for name, values in zip(self._SCALARS[:4], columns, strict=True):
+            self._scalars[name].extend(values)
+        for name, value in (("num_waiting", steps.num_waiting), ("num_running", size)):
+            self._scalars[name].extend([value] * count)
+        self._scalars["num_free_blocks"].extend(steps.use.num_free[:count].tolist())
+        self._scalars["num_evicted_blocks"].extend(steps.use.num_evicted[:count].tolist())
+        rows = array("i", [request.row for request in steps.requests])
+        contexts = np.add.outer(np.arange(count), np.array(steps.cache_lens))
+        self._add_alike("request", rows * count, count, size)
+        self._add_alike("cache_len", array("i", contexts.astype(np.int32).tobytes()), count, size)
+        self._add_alike("input_len", array("i", [1]) * (count * size), count, size)
+        for name in ("preempted", "finished"):
+            self._add_alike(name, array("i"), count, 0)
+
+    def _add_alike(self, name: str, values: array[int], count: int, size: int) -> None:
+        """Append `count` lists of `size` values each, laid end to end."""
+        first = len(self._values[name])
+        self._values[name].extend(values)
+        self._offsets[name].extend(first + size * step for step in range(1, count + 1))
 
     def _add_list(self, name: str, values: list[int]) -> None:
         self._values[name].extend(values)

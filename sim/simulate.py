@@ -28,6 +28,7 @@ def simulate(
     host: HostTime | None = None,
     *,
     record_steps: bool = True,
+    plain: bool = False,
     source: Mapping[str, Any] | None = None,
 ) -> Run:
     """Serve a workload's requests with one engine.
@@ -38,6 +39,7 @@ def simulate(
         latency: how long the model runs for a batch.
         host: time between steps.
         record_steps: keep the `steps` table.
+        plain: take every step by itself (the specification; the result is the same).
         source: provenance to note in the result.
 
     Raises:
@@ -45,7 +47,7 @@ def simulate(
     """
     started = time.perf_counter()
     requests = build_requests(workload, config)
-    engine = Engine(config, latency, host, record_steps=record_steps)
+    engine = Engine(config, latency, host, record_steps=record_steps, plain=plain)
     times = engine.run(requests)
     core_s = time.perf_counter() - started
     tables = {"requests": times.table(workload.requests, requests)}

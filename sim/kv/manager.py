@@ -71,13 +71,13 @@ class KVCacheManager:
         """Allocate the blocks for `num_new_tokens` more, and enter those that become full into the cache.
 
         They enter when scheduled, not when computed, so a later request of the same step can hit them.
-        Tokens still in flight are not known yet and enter later (`cache_computed`).
+        Tokens still in flight are not known yet and enter later (`cache_known`).
         """
         request.blocks += self.pool.allocate(self._num_missing(request, num_new_tokens))
         self._cache(request, min(request.num_computed_tokens + num_new_tokens, request.num_tokens))
 
-    def cache_computed(self, request: Request) -> None:
-        """Enter blocks filled by a token that has just become known (`AsyncScheduler`)."""
+    def cache_known(self, request: Request) -> None:
+        """Enter blocks filled by tokens that have become known (`AsyncScheduler._update_request_with_output`)."""
         self._cache(request, request.num_computed_tokens - request.num_output_placeholders)
 
     def free(self, request: Request) -> None:

@@ -52,7 +52,7 @@ class VllmScheduler:
     """
 
     def __init__(self, config: VllmConfig) -> None:
-        self._config, self._rules = config, config.rules
+        self.config, self._rules = config, config.rules
         pool = BlockPool(
             config.num_gpu_blocks,
             enable_prefix_caching=config.enable_prefix_caching,
@@ -86,7 +86,7 @@ class VllmScheduler:
     def schedule(self) -> StepPlan:
         """Decide the next step: running requests in list order, then, if nobody was preempted, waiting ones."""
         num_evicted = self.kv.pool.num_evicted
-        call = _Call(self._config.max_num_batched_tokens, self._long_prefill_threshold())
+        call = _Call(self.config.max_num_batched_tokens, self._long_prefill_threshold())
         self._schedule_running(call)
         if not call.preempted:
             self._schedule_waiting(call)
@@ -98,7 +98,7 @@ class VllmScheduler:
         # 0.32: a request that is alone starves nobody, so it may use the whole budget.
         alone = len(self.running) + len(self.waiting) <= 1
         exempt = alone and self._rules.lone_request_ignores_long_prefill_threshold
-        return 0 if exempt else self._config.long_prefill_token_threshold
+        return 0 if exempt else self.config.long_prefill_token_threshold
 
     def _schedule_running(self, call: _Call) -> None:
         index = 0
@@ -124,11 +124,11 @@ class VllmScheduler:
             return 0
         num_tokens = call.cut(request.num_tokens + in_flight - request.num_computed_tokens)
         # The position after the input, where the sampled token goes, must stay within the model's length.
-        return min(num_tokens, call.budget, self._config.max_model_len - 1 - request.num_computed_tokens)
+        return min(num_tokens, call.budget, self.config.max_model_len - 1 - request.num_computed_tokens)
 
     def _preempt(self, call: _Call, index: int) -> tuple[Request, int]:
         """Take the blocks from a victim; returns it and where the loop over `running` goes on."""
-        if self._config.policy == "fcfs":
+        if self.config.policy == "fcfs":
             victim = self.running.pop()
         else:
             victim = max(self.running, key=lambda request: (request.priority, request.arrival_ns))
@@ -150,19 +150,16 @@ class VllmScheduler:
 
     def _schedule_waiting(self, call: _Call) -> None:
         passed_over = []
-        while self.waiting and call.budget > 0 and len(self.running) < self._config.max_num_seqs:
+        while self.waiting and call.budget > 0 and len(self.running) < self.config.max_num_seqs:
             request = self.waiting.peek()
             if request.num_stale_output_tokens:
                 # Its token from before the preemption is still to come: resuming now could sample it twice.
                 passed_over.append(self.waiting.pop())
                 continue
-            hits = self.kv.computed_blocks(request)
-            num_new_tokens = call.cut(request.num_tokens - len(hits) * self._config.block_size)
-            if num_new_tokens > call.budget and not self._config.enable_chunked_prefill:
+            admission = self._admission(request, call)
+            if admission is None:
                 break
-            num_new_tokens = min(num_new_tokens, call.budget)
-            if not self._can_admit(request, num_new_tokens, hits):
-                break
+            num_new_tokens, hits = admission
             self.waiting.pop()
             self.kv.admit(request, hits)
             self.kv.grow(request, num_new_tokens)
@@ -172,12 +169,29 @@ class VllmScheduler:
         for request in reversed(passed_over):
             self.waiting.put_back(request)
 
+    def could_admit_beside(self, num_decodes: int) -> bool:
+        """Whether a step that also has `num_decodes` decodes would take a waiting request in. Changes nothing."""
+        call = _Call(self.config.max_num_batched_tokens - num_decodes, self._long_prefill_threshold())
+        if not self.waiting or call.budget <= 0 or len(self.running) >= self.config.max_num_seqs:
+            return False
+        request = self.waiting.peek()
+        return request.num_stale_output_tokens > 0 or self._admission(request, call) is not None
+
+    def _admission(self, request: Request, call: _Call) -> tuple[int, list[int]] | None:
+        """New tokens and prefix hits with which a waiting request would be admitted now; None if it does not fit."""
+        hits = self.kv.computed_blocks(request)
+        num_new_tokens = call.cut(request.num_tokens - len(hits) * self.config.block_size)
+        if num_new_tokens > call.budget and not self.config.enable_chunked_prefill:
+            return None
+        num_new_tokens = min(num_new_tokens, call.budget)
+        return (num_new_tokens, hits) if self._can_admit(request, num_new_tokens, hits) else None
+
     def _can_admit(self, request: Request, num_new_tokens: int, hits: list[int]) -> bool:
         return self.kv.can_admit(
             request,
             num_new_tokens,
             hits,
-            whole_sequence=self._config.scheduler_reserve_full_isl,
+            whole_sequence=self.config.scheduler_reserve_full_isl,
             watermark=bool(self.running),
         )
 
@@ -191,7 +205,7 @@ class VllmScheduler:
             known = request.num_tokens + request.num_output_placeholders
             reaches_end = request.num_computed_tokens >= known
             samples.append(reaches_end)
-            if reaches_end and self._config.async_scheduling:
+            if reaches_end and self.config.async_scheduling:
                 request.num_output_placeholders += 1
         return StepPlan(
             requests=list(call.tokens),
@@ -224,12 +238,12 @@ class VllmScheduler:
     def _take_token(self, request: Request, *, stale: bool) -> bool:
         """One more output token is known; returns whether it is the last."""
         request.num_output_tokens += 1
-        if self._config.async_scheduling:
+        if self.config.async_scheduling:
             if not stale:
                 request.num_output_placeholders -= 1
             if request.status is Status.RUNNING:
-                self.kv.cache_computed(request)
-        at_limit = request.num_tokens >= self._config.max_model_len
+                self.kv.cache_known(request)
+        at_limit = request.num_tokens >= self.config.max_model_len
         if request.num_output_tokens < request.max_tokens and not at_limit:
             return False
         self.kv.free(request)

@@ -62,20 +62,20 @@ def version_of(case: Path) -> str:
     return "0.19" if "019" in case.parent.name else "0.32"
 
 
-def simulate_case(case: Path, recorded: Run) -> Run:
-    """The twin's run of a case."""
+def simulate_case(case: Path, recorded: Run, *, plain: bool = False) -> Run:
+    """The twin's run of a case; `plain` takes every step by itself."""
     settings = dict(recorded.info.engine_config)
     prices = {**_LATENCY_NS, **settings.pop("latency_ns", {})}
     settings.pop("comment", None)
     config: VllmConfig = vllm_config({**_DEFAULTS, **settings, "version": version_of(case)}, case / "config.json")
     latency = LinearLatency(*(prices[name] for name in ("base", "per_new_token", "per_context_token", "per_req")))
-    return simulate(recorded, config, latency)
+    return simulate(recorded, config, latency, plain=plain)
 
 
-def compare_case(case: Path) -> Result:
+def compare_case(case: Path, *, plain: bool = False) -> Result:
     """Simulate a case and find the first difference."""
     recorded = vllm_recording.read(case)
-    twin = simulate_case(case, recorded)
+    twin = simulate_case(case, recorded, plain=plain)
     difference = first_difference(recorded, twin)
     return Result(case, recorded.steps.num_rows, difference)
 
