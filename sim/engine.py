@@ -121,10 +121,10 @@ class Engine:
     def _update(self, batch: _InFlight, times: RequestTimes) -> None:
         """The batch has run: advance the clock and feed its tokens back."""
         plan = batch.plan
+        self._refuse_livelock(plan)
         if plan.is_empty:
             return
         self._now_ns = max(self._now_ns, batch.end_ns) + self._host.update(len(plan.requests))
-        self._refuse_livelock(plan)
         finished = self._scheduler.update(plan)
         times.note_tokens(plan, finished, self._now_ns)
         if self._log is not None:
@@ -153,13 +153,14 @@ class Engine:
         if not most:
             return False
         running = scheduler.running
-        latencies_ns = self._latency.step_ns(stretch.batches(running, 0, most), self.num_steps).tolist()
+        latencies_ns = self._latency.step_ns(stretch.batches(running, most), self.num_steps).tolist()
         arrival_ns = arrivals[0].arrival_ns if arrivals else None
         line = self._timeline(latencies_ns, in_flight[0].end_ns if in_flight else None, arrival_ns)
         cache_lens = [request.num_computed_tokens for request in running]
         use = stretch.advance(scheduler, len(line))
         steps = stretch.Steps(tuple(running), cache_lens, len(scheduler.waiting), use)
         self.num_steps += len(line)
+        self._fruitless = 0
         self._take_in(steps, line, in_flight, times)
         return True
 

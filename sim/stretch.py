@@ -118,10 +118,10 @@ def _num_new_blocks(running: Sequence[Request], steps: int, block_size: int) -> 
     )
 
 
-def batches(running: Sequence[Request], first: int, count: int) -> BatchStats:
-    """Statistics of steps `first` .. `first + count - 1` of a stretch: every context grows by one per step."""
+def batches(running: Sequence[Request], count: int) -> BatchStats:
+    """Statistics of the first `count` steps of a stretch: every context grows by one per step."""
     row = BatchStats.of_batch([request.num_computed_tokens for request in running], [1] * len(running)).table[0]
-    ahead = np.arange(first, first + count, dtype=np.int64)
+    ahead = np.arange(count, dtype=np.int64)
     size, context = row[COLUMNS.index("num_decode")], row[COLUMNS.index("decode_context")]
     table = np.repeat(row[np.newaxis], count, axis=0)
     table[:, COLUMNS.index("decode_context")] += size * ahead
