@@ -49,16 +49,15 @@ def _run(args: argparse.Namespace) -> int:
     loaded = time.perf_counter()
     source = {"workload": args.workload.name, "engine": args.engine.name, "profile": args.profile.name}
     run = simulate(workload, config, latency, profile.host, record_steps=record_steps, source=source)
-    simulated = time.perf_counter()
-    run.write(args.output)
     metrics: dict[str, Any] = {
         **run.info.metrics,
         **_summary(run),
         "load_s": round(loaded - started, 6),
-        "write_s": round(time.perf_counter() - simulated, 6),
         "peak_rss_bytes": peak_rss_bytes(),
     }
-    with_metrics(run, **metrics).write(args.output, overwrite=True)
+    simulated = time.perf_counter()
+    with_metrics(run, **metrics).write(args.output)
+    metrics |= {"write_s": round(time.perf_counter() - simulated, 6), "peak_rss_bytes": peak_rss_bytes()}
     _print(args, metrics)
     return 0
 

@@ -117,15 +117,14 @@ class Run:
             raise InputError(f"this run has no {key} table; record it (--record {key})", path=self.path)
         return read_table(self._paths[key], key)
 
-    def write(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+    def write(self, path: str | os.PathLike[str]) -> Path:
         """Write the run to a new folder: all of it or nothing (written beside, then renamed).
 
         Raises:
-            InputError: `path` exists and `overwrite` is false.
+            InputError: `path` exists.
         """
         target = Path(path)
-        if not overwrite:
-            refuse_existing(target)
+        refuse_existing(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         try:
@@ -136,8 +135,6 @@ class Run:
             head = {"schema_version": SCHEMA_VERSION, **_as_dict(self.info)}
             head["rows"] = {key: table.num_rows for key, table in tables.items()}
             (scratch / INFO_FILE).write_text(json.dumps(head, indent=1) + "\n", encoding="utf-8")
-            if overwrite and target.exists():
-                shutil.rmtree(target)
             scratch.rename(target)
         except BaseException:
             shutil.rmtree(scratch, ignore_errors=True)
