@@ -31,7 +31,8 @@ _MLP: Final = {"gate_up_proj", "act_fn", "down_proj"}
 
 # Idle time of the device before each kernel, which kernel times leave out. It is a prior, not fitted: NVIDIA's
 # "Getting Started with CUDA Graphs" measures 0.5 us between 2.9 us kernels of a graph and 0.9 us between
-# overlapped launches; kernels that fill the GPU also drain and fill again. Small: 5 % of it is 0.02 ms per step.
+# overlapped launches; kernels that fill the GPU also drain and fill again. Its value was settled with the RTX PRO
+# 6000 run's sensitivity in view (0.5 us less: TTFT mean -1.6 %), so measure it on a GPU before you trust a percent.
 LAUNCH_GAP_US: Final = 1.2
 # Small kernels and copies around the forward pass: input ids, positions, slots, block tables, sampled tokens.
 _INPUT_KERNELS: Final = 30

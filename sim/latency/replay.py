@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from kvtwin.sim.latency.stats import BatchStats, IntArray
+from kvtwin.sim.latency.stats import BatchStats, IntArray, durations_ns
 from kvtwin.traces.errors import InputError
 
 
@@ -17,8 +17,7 @@ class ReplayLatency:
     """
 
     def __init__(self, steps: pa.Table) -> None:
-        duration = steps.column("end_ns").to_numpy() - steps.column("start_ns").to_numpy()
-        self._duration_ns: IntArray = np.maximum(duration.astype(np.int64), 1)
+        self._duration_ns: IntArray = np.maximum(durations_ns(steps), 1)
 
     def step_ns(self, batches: BatchStats, first_step: int) -> IntArray:
         """See `LatencyModel.step_ns`.

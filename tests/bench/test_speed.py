@@ -46,4 +46,5 @@ def test_statistics_of_a_steps_table(benchmark: BenchmarkFixture) -> None:
     rng = np.random.default_rng(0)
     offsets = np.arange(0, 1_000_000, 50)
     cache = rng.integers(0, 4000, 1_000_000)
-    benchmark(BatchStats.of_members, offsets, cache, np.ones(1_000_000, dtype=np.int64))
+    batches = benchmark(BatchStats.of_members, offsets, cache, np.ones(1_000_000, dtype=np.int64))
+    assert batches.decode_context.sum() == cache.sum()
