@@ -14,6 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from kvtwin.traces.errors import InputError
+from kvtwin.traces.run import Run
+
 IntArray = npt.NDArray[np.int64]
 
 _NO_BLOCKS: IntArray = np.empty(0, dtype=np.int64)
@@ -120,3 +123,30 @@ def _lists(column: pa.ChunkedArray) -> list[list[int] | None]:
             for start, end, ok in zip(bounds[:-1], bounds[1:], valid, strict=True)
         ]
     return result
+
+
+def with_prompts(run: Run, sent: Run | None) -> Run:
+    """A recording with the prompt blocks of the workload that was sent, joined by request id.
+
+    Raises:
+        InputError: a recorded request is not in the workload, or differs in length.
+    """
+    if sent is None:
+        return run
+    rows = {name: row for row, name in enumerate(sent.requests.column("request_id").to_pylist())}
+    order = []
+    for row, name in enumerate(run.requests.column("request_id").to_pylist()):
+        if name not in rows:
+            raise InputError(f"{name!r} is not in the workload", path=run.path, row=row, column="request_id")
+        order.append(rows[name])
+    prompts = sent.requests.take(order)
+    for column in ("input_tokens", "output_tokens"):
+        recorded, planned = run.requests.column(column).to_pylist(), prompts.column(column).to_pylist()
+        for row, (found, asked) in enumerate(zip(recorded, planned, strict=True)):
+            if found != asked:
+                raise InputError(f"{found}, but the workload has {asked}", path=run.path, row=row, column=column)
+    index = run.requests.column_names.index("block_hashes")
+    requests = run.requests.set_column(index, run.requests.schema.field(index), prompts.column("block_hashes"))
+    info = run.info
+    joined = type(info)(**{**vars(info), "hash_block_tokens": sent.info.hash_block_tokens})
+    return Run(joined, {"requests": requests}, name=str(run.path))
