@@ -34,6 +34,7 @@ Progress = Callable[[str], None]
 
 MIN_STEPS: Final = 50  # fewer cannot be split into a part to fit and a part to judge
 _MIN_DAYS: Final = 3  # recordings from which the speed of each is told apart
+_CURVE_REPEATS: Final = 5
 _TIME_BLOCKS: Final = 5  # hold-out parts of a single recording
 
 # What each set adds to the one before it, simplest first; the last one holds every feature.
@@ -222,6 +223,57 @@ def held_out(
         fitted = StepRegression(features).fit(batches[~left_out], latency_ns[~left_out], rest)
         predicted[left_out] = fitted.to_latency().step_ns(batches[left_out], 0)
     return predicted
+
+
+@dataclass(frozen=True)
+class HeldOutSteps:
+    """Steps with predictions from fits that have not seen them.
+
+    Attributes:
+        batches: n batches.
+        measured_ns, predicted_ns: shape (n,).
+    """
+
+    batches: BatchStats
+    measured_ns: FloatArray
+    predicted_ns: FloatArray
+
+
+def held_out_steps(runs: Sequence[Run], profile: Profile) -> HeldOutSteps:
+    """The predictions behind the errors of a profile of `calibrate_steps`, from the runs it was fitted on."""
+    data = _Samples.of(runs)
+    features = FEATURE_SETS[profile.provenance["features"]]
+    predicted = held_out(data.batches, data.latency_ns, data.fold, features, data.day)
+    return HeldOutSteps(data.batches, data.latency_ns, predicted)
+
+
+def learning_curve(runs: Sequence[Run], profile: Profile, *, seed: int = 0) -> list[dict[str, Any]]:
+    """Held-out error by the number of steps fitted on, with the profile's features.
+
+    Of the steps outside each fold, n are drawn at random, _CURVE_REPEATS times for every fold; the errors are those
+    of the fold.
+
+    Returns:
+        `n`, and `mape` of each repeat, by rising n: powers of two from 2^5 on, and all there are.
+    """
+    data = _Samples.of(runs)
+    features = FEATURE_SETS[profile.provenance["features"]]
+    rng = stats.stream(seed, "learning curve")
+    parts = [data.fold == part for part in np.unique(data.fold)]
+    most = min(int(np.count_nonzero(~part)) for part in parts)
+    points = []
+    for number in [*(1 << power for power in range(5, most.bit_length()) if 1 << power < most), most]:
+        errors = []
+        for _ in range(_CURVE_REPEATS):
+            sizes = []
+            for part in parts:
+                drawn = rng.choice(np.flatnonzero(~part), number, replace=False)
+                fitted = StepRegression(features).fit(data.batches[drawn], data.latency_ns[drawn]).to_latency()
+                predicted = fitted.step_ns(data.batches[part], 0)
+                sizes.append(np.abs(stats.relative_errors(data.latency_ns[part], predicted.astype(np.float64))))
+            errors.append(float(np.concatenate(sizes).mean()))
+        points.append({"n": number, "mape": errors})
+    return points
 
 
 @dataclass(frozen=True)
