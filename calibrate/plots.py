@@ -18,6 +18,7 @@ from kvtwin.traces.run import Run
 
 _MAX_POINTS: Final = 3000  # per figure; more are painted over one another
 _MAX_CDF_POINTS: Final = 300
+_CONFIG: Final = {"displayModeBar": False, "responsive": True}
 _MAX_COLOUR: Final = 0.5  # error at which the colour scale of the residuals ends
 # Colour and marker differ, so that neither is needed to tell the regimes apart (Okabe & Ito's colours).
 _LOOK: Final[Mapping[str, tuple[str, str]]] = {
@@ -79,8 +80,8 @@ def _parity(steps: HeldOutSteps, rows: np.ndarray[Any, np.dtype[np.intp]]) -> An
     figure.add_scatter(
         x=ends, y=ends, mode="lines", name="equal", line={"color": "#555", "dash": "dash"}, hoverinfo="skip"
     )
-    figure.update_xaxes(type="log", title="measured, ms")
-    figure.update_yaxes(type="log", title="predicted, ms")
+    figure.update_xaxes(type="log", dtick="D2", title="measured, ms")
+    figure.update_yaxes(type="log", dtick="D2", title="predicted, ms")
     return figure
 
 
@@ -99,8 +100,8 @@ def _residuals(steps: HeldOutSteps, rows: np.ndarray[Any, np.dtype[np.intp]]) ->
         },
         hovertemplate="context %{x:,} tokens<br>new %{y:,} tokens<br>error %{customdata:+.1%}<extra></extra>",
     )  # fmt: skip
-    figure.update_xaxes(type="log", title="cache_len, summed over the batch, + 1")
-    figure.update_yaxes(type="log", title="input_len, summed over the batch")
+    figure.update_xaxes(type="log", dtick="D2", title="cache_len, summed over the batch, + 1")
+    figure.update_yaxes(type="log", dtick="D2", title="input_len, summed over the batch")
     return figure
 
 
@@ -135,7 +136,7 @@ def _learning(curve: Sequence[Mapping[str, Any]]) -> Any:
         x=number, y=middle, mode="lines+markers", name="median", showlegend=False,
         line={"color": "#0072B2", "width": 2}, hovertemplate="%{x:,} steps: MAPE %{y:.1%}<extra></extra>",
     )  # fmt: skip
-    figure.update_xaxes(type="log", title="steps fitted on")
+    figure.update_xaxes(type="log", dtick="D2", title="steps fitted on")
     figure.update_yaxes(title="MAPE, held out", tickformat=".0%", rangemode="tozero")
     return figure
 
@@ -147,9 +148,7 @@ def _page(profile: Profile, panels: Sequence[tuple[str, str, Any]]) -> str:
         figure.update_layout(
             template="plotly_white", height=430, margin={"l": 70, "r": 20, "t": 20, "b": 60}, legend={"orientation": "h", "y": 1.08},
         )  # fmt: skip
-        drawing = figure.to_html(
-            full_html=False, include_plotlyjs=index == 0, div_id=f"figure-{index}", config={"displaylogo": False}
-        )
+        drawing = figure.to_html(full_html=False, include_plotlyjs=index == 0, div_id=f"figure-{index}", config=_CONFIG)
         parts.append(f"<section><h2>{title}</h2><p>{text}</p>{drawing}</section>")
     facts = f"{profile.kind}, features: {profile.provenance.get('features')}, held out: {profile.provenance.get('held_out')}"
     return _TEMPLATE.format(what=html.escape(what), facts=html.escape(facts), sections="\n".join(parts))
@@ -160,7 +159,7 @@ _TEMPLATE: Final = """<!DOCTYPE html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>
 body {{ font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 1200px; padding: 1rem; color: #222; }}
-main {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)); gap: 1rem; }}
+main {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 480px), 1fr)); gap: 1rem; }}
 section {{ min-width: 0; }} h1 {{ font-size: 1.4rem; }} h2 {{ font-size: 1.1rem; margin-bottom: 0; }} p {{ margin: 0; }}
 </style></head><body>
 <h1>Calibration of {what}</h1><p>{facts}</p>
