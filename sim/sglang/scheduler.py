@@ -73,6 +73,18 @@ class SglangScheduler:
         """Whether any request waits or runs."""
         return bool(self.waiting or self.running or self.chunked)
 
+    def only_decodes(self) -> bool:
+        """Whether the next batch decodes those that decoded last, and no prefill is even tried."""
+        last = self.last_batch
+        if last is None or last.requests is not self.running or self.chunked is not None or self._some_finished:
+            return False
+        return not self.waiting or (self.batch_is_full and not self._preempts)
+
+    def prepare_preemption(self) -> None:
+        """Where requests can be preempted, a full batch is no reason not to try (at every step)."""
+        if self._preempts:
+            self.batch_is_full = False
+
     def add(self, request: SglangRequest) -> None:
         """Append a request to the waiting queue (`_add_request_to_queue`)."""
         if request.num_retractions:
@@ -128,8 +140,7 @@ class SglangScheduler:
         request.extend_input_len = request.fill_len - request.prefix_len
 
     def _new_prefill(self) -> Batch | None:
-        if self._preempts:
-            self.batch_is_full = False
+        self.prepare_preemption()
         if (self.batch_is_full or not self.waiting) and self.chunked is None:
             return None
         if self._no_places():
