@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -51,14 +51,15 @@ def calibrate_tables(
     Raises:
         InputError: see `checks.prepare`; or two GPUs or engine versions among the tables.
     """
+    checked = [prepare(table) for table in tables]
     device = hardware or _only(tables, "hardware")
     engine = _engine(tables)
     fitted: list[Fitted] = []
     small: list[str] = []
     suspect: dict[str, Any] = {}
-    for table in tables:
+    for table, ready in zip(tables, checked, strict=True):
         small += too_small(table)
-        for sample in prepare(table).samples:
+        for sample in ready.samples:
             progress(sample.name)
             fitted.append(fit_samples(sample.where(~sample.suspect), device))
             if sample.suspect.any():
@@ -101,15 +102,18 @@ def slots_of(samples: OpSamples, hardware: str | None) -> list[float] | None:
 
 
 def accuracy_of(fitted: Sequence[Fitted], *, seed: int) -> dict[str, Any]:
-    """Held-out errors by operator and axis, over all keys of the operator."""
+    """Held-out errors by operator and axis, over all keys of the operator; and over all operators where there are more."""
+    ops = list(dict.fromkeys(one.samples.op for one in fitted))
+    groups = {op: [one for one in fitted if one.samples.op == op] for op in ops}
+    if len(ops) > 1:
+        groups["all operators"] = list(fitted)
     found: dict[str, Any] = {}
-    for op in dict.fromkeys(one.samples.op for one in fitted):
-        here = [one for one in fitted if one.samples.op == op]
+    for name, here in groups.items():
         for axis in dict.fromkeys(axis for one in here for axis in one.samples.load):
             parts = [(one.samples, one.held, one.choice.name) for one in here if axis in one.samples.load]
             summary = report(parts, axis, seed=seed)
             if summary is not None:
-                found[f"{op}, {axis} held out"] = summary
+                found[f"{name}, {axis} held out"] = summary
     return found
 
 
@@ -139,22 +143,17 @@ def _only(tables: Sequence[OpTable], name: str) -> str | None:
 
 
 def _engine(tables: Sequence[OpTable]) -> str | None:
+    """Engine and version that all tables agree on; `checks.prepare` has seen to it that each has one version."""
     found: dict[str, OpTable] = {}
     for table in tables:
-        versions = {sample.key["version"] for sample in table.samples if "version" in sample.key}
-        names = [" ".join([table.facts.get("engine", ""), version]).strip() for version in sorted(versions)]
-        for name in names or filter(None, [table.facts.get("engine")]):
+        version = next((sample.key["version"] for sample in table.samples if "version" in sample.key), "")
+        name = " ".join(filter(None, [table.facts.get("engine", ""), version]))
+        if name:
             found[name] = table
     if len(found) > 1:
         first, second = list(found)[:2]
-        problem = f"engine version {second!r}, but {first!r} too: versions are never averaged over; "
-        if found[first] is found[second]:
-            problem += f"choose one with --filter version={first.split()[-1]}"
-        else:
-            problem += "calibrate the tables one by one"
-        raise InputError(problem, path=found[second].path)
+        problem = (
+            f"engine version {second!r}, but {first!r} in {found[first].path.name}: versions are never averaged over; "
+        )
+        raise InputError(problem + "calibrate the tables one by one", path=found[second].path)
     return next(iter(found), None)
-
-
-Progress = Callable[[str], None]
-Filters = Mapping[str, str]

@@ -24,6 +24,7 @@ from kvtwin.traces.readers.optable import OpSamples
 _COMMON_SLOTS: Final = (58, 72, 82, 84, 108, 114, 128, 132, 142, 148, 170, 188, 216, 264, 296, 376)
 _SEARCH_ROWS: Final = 600  # of a table, to choose tile and slots on
 _MAX_CELLS: Final = 200_000  # of a refined grid
+_CELLS_PER_ROW: Final = 60  # a table of more cells is no grid (skewed decodes, six axes: 40)
 _MIN_RATIO: Final = 1e-6
 # Loads that kernels take in tiles of rows, and the tiles worth trying.
 _TILED: Final = ("m", "num_tokens", "chunk")
@@ -182,12 +183,24 @@ class Smooth(_OnTrend):
 def fit_all(samples: OpSamples, slots: Sequence[float] | None) -> list[Candidate]:
     """Every candidate fitted to the same samples, simplest first; those with a trend share it."""
     base = Trend(slots).fit(samples)
+    if not is_grid(samples):
+        return [base]
     staircases = STAIRCASES if any(name in samples.load for name in _TILED) and len(samples.load) <= 2 else ((),)
     candidates: list[Candidate] = [base]
     candidates += [Linear(tiles).fit(samples) for tiles in staircases]
     candidates += [Corrected(slots, base, tiles).fit(samples) for tiles in staircases]
     candidates.append(Hybrid(slots, base).fit(samples))
     return candidates if len(samples.load) > 2 else [*candidates, Smooth(slots, base).fit(samples)]
+
+
+def is_grid(samples: OpSamples) -> bool:
+    """Whether the rows lie on grids: few cells for each row. Batches of uneven lengths are scattered instead."""
+    cells = 1
+    for values in samples.load.values():
+        cells *= len(np.unique(values))
+    if samples.shape:
+        cells *= len(np.unique(np.column_stack(list(samples.shape.values())), axis=0))
+    return cells <= _CELLS_PER_ROW * len(samples)
 
 
 def _stepped(name: str, tiles: Sequence[float]) -> str:

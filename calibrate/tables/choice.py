@@ -2,8 +2,8 @@
 
 The rule: on each load axis the mean absolute error of the left-out inner rows counts, every axis alike. The best
 candidate is the one with the lowest mean; a simpler one is *equal* to it where it is behind by no more than one standard
-error of the paired difference over left-out values, and by no more than a tenth of the best one's error. Of equal
-candidates the simplest is taken; the naive fits never are.
+error of the paired difference over left-out values and no more than a tenth of the best one's error, or by less than
+0.05 percentage points. Of equal candidates the simplest is taken; the naive fits never are.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from kvtwin.traces.readers.optable import OpSamples
 NAIVE: Final = ("ols", "nearest", "linear")
 _ONLY_NAIVE: Final = ("ols", "nearest")
 _EQUAL_SHARE: Final = 0.1
+_NOTHING: Final = 5e-4
 _DEFAULT: Final = "trend"  # where nothing could be held out inside
 
 
@@ -46,7 +47,7 @@ def choose(samples: OpSamples, held: HeldOut) -> Choice:
     best = min(candidates, key=lambda name: scores[name])
     for name in candidates:
         behind = scores[name] - scores[best]
-        if name == best or (
+        if behind <= _NOTHING or (
             behind <= _EQUAL_SHARE * scores[best] and behind <= _standard_error(errors[name] - errors[best], held, axes)
         ):
             return Choice(name, scores)
@@ -111,7 +112,7 @@ def report(parts: Sequence[tuple[OpSamples, HeldOut, str]], axis: str, *, seed: 
                 predicted[inside].append(held.predicted[name][part])
                 groups[inside].append(np.asarray(held.group[part], np.float64))
                 if inside:
-                    for fit in NAIVE:
+                    for fit in filter(held.predicted.__contains__, NAIVE):
                         naive[fit].append(np.abs(held.predicted[fit][part] / samples.time_us[held.row[part]] - 1))
     if not predicted[True] and not predicted[False]:
         return None

@@ -2,7 +2,8 @@
 
 A fold leaves out some values of one load axis with all their rows, no two of them neighbours. A left-out row is *inside*
 where rows that agree with it in every other column stay on both sides of it; elsewhere (the ends of an axis, the corners
-of a table) its prediction is extrapolation, and is reported apart.
+of a table) its prediction is extrapolation, and is reported apart. Rows that lie on no grid (batches of uneven lengths)
+are inside where each of their columns lies between values that stay.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from kvtwin.calibrate.tables.candidates import fit_all
+from kvtwin.calibrate.tables.candidates import fit_all, is_grid
 from kvtwin.sim.latency.bank import octave
 from kvtwin.sim.latency.grid import FloatArray
 from kvtwin.traces.readers.optable import OpSamples
@@ -81,6 +82,7 @@ def hold_out(samples: OpSamples, slots: Sequence[float] | None) -> HeldOut:
     inside: list[npt.NDArray[np.bool_]] = []
     groups: list[npt.NDArray[np.int64]] = []
     predicted: dict[str, list[FloatArray]] = {}
+    grid = is_grid(samples)
     for fold in folds(samples):
         test = np.flatnonzero(fold.left_out)
         train = samples.where(~fold.left_out)
@@ -89,7 +91,7 @@ def hold_out(samples: OpSamples, slots: Sequence[float] | None) -> HeldOut:
         left_out = samples.where(test)
         rows.append(test)
         axes.append(np.full(len(test), fold.axis))
-        inside.append(_bracketed(train, left_out, fold.axis))
+        inside.append(_bracketed(train, left_out, fold.axis) if grid else _between(train, left_out))
         groups.append(np.unique(left_out.load[fold.axis], return_inverse=True)[1].ravel() + 1000 * len(groups))
         for name, values in _predictions(train, left_out, fold.axis, slots).items():
             predicted.setdefault(name, []).append(values)
@@ -136,6 +138,14 @@ def _bracketed(train: OpSamples, test: OpSamples, axis: str) -> npt.NDArray[np.b
     after = np.searchsorted(known, wanted)
     found: npt.NDArray[np.bool_] = (after > 0) & (after < len(known))
     found &= (lines[np.clip(after - 1, 0, None)] == line) & (lines[np.clip(after, None, len(known) - 1)] == line)
+    return found
+
+
+def _between(train: OpSamples, test: OpSamples) -> npt.NDArray[np.bool_]:
+    """For scattered rows: which lie within the span of `train` in every column."""
+    found = np.ones(len(test), np.bool_)
+    for name, values in test.columns.items():
+        found &= (values >= train.columns[name].min()) & (values <= train.columns[name].max())
     return found
 
 

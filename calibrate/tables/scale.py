@@ -1,17 +1,17 @@
 """Unseen hardware from few samples: scale a fitted reference, or fit the physics alone.
 
-    time = factor(op) * (offset + slope * r + bend * max(r - knot, 0)),  r = the reference's time for the same batch
+    time = (offset + slope * r + bend * max(r - knot, 0)) * own(op, r),  r = the reference's time for the same batch
 
 `offset` is the difference of launch floors; `slope` and `bend` are the speeds of small (memory-bound) and of large
 (compute-bound) work. Simpler laws are tried first: one factor; floor and slope; floor, slope and bend. The one with the
 smallest leave-one-out error on the samples is taken, the simpler one where they are equal within a standard error.
-Operators then get a factor of their own, drawn towards 1 as far as their samples are few.
+Operators then get a factor of their own, with a tilt over sizes, drawn towards 1 (no tilt) as far as samples are few.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -20,7 +20,7 @@ import numpy.typing as npt
 from kvtwin.calibrate.accuracy import summarize
 from kvtwin.calibrate.tables.candidates import Trend, relative_nnls
 from kvtwin.calibrate.tables.checks import MIN_ROWS, prepare
-from kvtwin.sim.latency.bank import OperatorModel, Scale
+from kvtwin.sim.latency.bank import OperatorModel, Scale, octave
 from kvtwin.sim.latency.grid import FloatArray
 from kvtwin.sim.latency.operators import OperatorTable
 from kvtwin.sim.latency.profile import Profile
@@ -30,7 +30,8 @@ from kvtwin.traces.readers.optable import OpSamples, OpTable
 LEARNING: Final = (10, 30, 100)
 _DRAWS: Final = 20  # repetitions behind each figure of the learning table
 _OTHER_MACHINE: Final = ("version", "framework", "kernel_source", "attention_backend", "hardware", "model")
-_PRIOR_SAMPLES: Final = 3.0  # an operator's own factor counts for half once it has this many samples
+_PRIOR_SAMPLES: Final = 0.3  # an operator's own factor counts for half once it has this many samples
+_TILT_OCTAVES: Final = 2.0  # over which an operator's own tilt moves by as much as its level
 _LAWS: Final = ("factor", "floor and slope", "floor, slope and bend")
 
 
@@ -96,19 +97,28 @@ def fit_scales(
     """The law and each operator's scale, from samples of shape (n,)."""
     law = _choose_law(reference_us, measured_us)
     common = _fit_law(law, reference_us, measured_us)
-    rest = np.log(measured_us / np.maximum(common.apply(reference_us), 1e-9))
-    scales = []
-    for index in range(num_ops):
-        own = rest[op == index]
-        factor = float(np.exp(own.sum() / (len(own) + _PRIOR_SAMPLES))) if len(own) else 1.0
-        scales.append(Scale(common.offset_us, common.slope, common.bend, common.knot_us, factor))
-    return law, scales
+    rest = measured_us / np.maximum(common.apply(reference_us), 1e-9)
+    place = octave(reference_us)
+    return law, [_own(common, rest[op == index], place[op == index]) for index in range(num_ops)]
+
+
+def _own(common: Scale, rest: FloatArray, place: FloatArray) -> Scale:
+    """An operator's own factor and its tilt over octaves of size: ridge regression towards 1 and 0."""
+    if not len(rest):
+        return common
+    centre = float(place.mean())
+    design = np.column_stack([np.ones(len(place)), (place - centre) / _TILT_OCTAVES])
+    weight = design / np.maximum(rest, 1e-9)[:, None]  # relative to the measurement
+    target = (rest - 1.0) / np.maximum(rest, 1e-9)
+    prior = _PRIOR_SAMPLES * np.mean(weight[:, 0] ** 2) * np.eye(2)
+    level, tilt = np.linalg.solve(weight.T @ weight + prior, weight.T @ target).tolist()
+    return replace(common, factor=max(1.0 + level, 0.1), tilt=tilt / _TILT_OCTAVES, centre=centre)
 
 
 def _fit_law(law: str, reference_us: FloatArray, measured_us: FloatArray) -> Scale:
     """By least relative squares; a factor by the mean of the logarithms."""
     if law == "factor":
-        return Scale(0.0, float(np.exp(np.mean(np.log(measured_us / reference_us)))), 0.0, 0.0, 1.0)
+        return Scale(0.0, float(np.exp(np.mean(np.log(measured_us / reference_us)))), 0.0, 0.0)
     knot = float(np.median(reference_us))
     found = {"offset": np.ones(len(reference_us)), "slope": reference_us}
     if law == _LAWS[2]:  # min and max of the knot, so that either side may be the dearer one
@@ -119,9 +129,9 @@ def _fit_law(law: str, reference_us: FloatArray, measured_us: FloatArray) -> Sca
         }
         prices = relative_nnls(found, measured_us)
         below, above = prices.get("below", 0.0), prices.get("above", 0.0)
-        return Scale(prices.get("offset", 0.0), below, above - below, knot, 1.0)
+        return Scale(prices.get("offset", 0.0), below, above - below, knot)
     prices = relative_nnls(found, measured_us)
-    return Scale(prices.get("offset", 0.0), prices.get("slope", 0.0), 0.0, 0.0, 1.0)
+    return Scale(prices.get("offset", 0.0), prices.get("slope", 0.0), 0.0, 0.0)
 
 
 def _choose_law(reference_us: FloatArray, measured_us: FloatArray) -> str:

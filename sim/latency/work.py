@@ -26,7 +26,6 @@ Terms = dict[str, FloatArray]
 Work = Callable[[Columns, float, float], Terms]
 
 _PIECE: Final = 128.0  # keys that a thread block takes at a time
-_BISECTIONS: Final = 40
 
 
 def _ceil(top: FloatArray, bottom: float | FloatArray) -> FloatArray:
@@ -162,23 +161,25 @@ def _two_kinds(
 def _list_end(many: FloatArray, long: FloatArray, more: FloatArray, other: FloatArray, slots: float) -> FloatArray:
     """When the last block ends: `many` blocks of length `long` are handed out first, then `more` of length `other`.
 
-    Greedy list scheduling of two kinds, in closed form but for one bisection: by time T, a slot that is free from F on
-    has finished floor((T - F) / other) of the later blocks.
+    Greedy list scheduling of two kinds, in closed form. After `rounds` full rounds of the first kind, `busy` slots run
+    one more of it. In units of `other`, those come free at q, the rest at 0. By time x a slot that is free from f on has
+    taken floor(x - f) blocks, so the count of finished blocks grows at whole x (by the free slots) and at q + whole x
+    (by the busy ones): the end is the first of these times at which it reaches `more`.
     """
     if not slots:
         return many * long + more * other
     rounds = np.floor(many / slots)
     busy = many - rounds * slots
+    free = slots - busy
     first_end = np.where(many > 0, _ceil(many, slots) * long, 0.0)
     step = np.where(other > 0, other, 1.0)
-    low, high = np.zeros(len(many)), first_end + _ceil(more, slots) * step + 1.0
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        done = (slots - busy) * np.maximum(np.floor((middle - rounds * long) / step + 1e-9), 0.0)
-        done = done + busy * np.maximum(np.floor((middle - (rounds + 1) * long) / step + 1e-9), 0.0)
-        enough = done >= more
-        high, low = np.where(enough, middle, high), np.where(enough, low, middle)
-    return np.maximum(first_end, np.where(more > 0, high, 0.0))
+    late = np.where(busy > 0, long / step, 0.0)  # q
+    whole = np.floor(late)
+    early = _ceil(more, np.maximum(free, 1e-9))
+    with_busy = late + np.maximum(_ceil(more - free * whole, slots), 0.0)
+    with_free = whole + 1.0 + np.maximum(_ceil(more - free * (whole + 1.0), slots), 0.0)
+    last = np.where(early <= whole, early, np.minimum(with_busy, with_free))
+    return np.maximum(first_end, np.where(more > 0, rounds * long + last * step, 0.0))
 
 
 def _gemm(columns: Columns, tile: float, slots: float) -> Terms:

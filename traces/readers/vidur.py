@@ -55,6 +55,8 @@ def read(path: Path) -> OpTable:
     samples: list[OpSamples] = []
     for op in ops:
         samples += [replace(sample, constants=_heads(sample.key)) for sample in _samples(table, op)]
+    if not samples:
+        raise InputError("only prefills mixed with decodes (mode true_mixed), too few kinds of which to fit", path=path)
     return op_table(path, "vidur", samples, {})
 
 
