@@ -378,10 +378,11 @@ def kernel_accuracy(kernels: KernelProfile, *, seed: int) -> dict[str, Any]:
         "mixed attention, chunk held out": (shape, mixed.time_us, 0),
         "largest GEMM, tokens held out": ([gemm.tokens], gemm.time_us, 0),
     }
-    return {
+    found = {
         name: _held_out(coordinates, times, dimension, seed)
         for name, (coordinates, times, dimension) in samples.items()
     }
+    return found | _uneven_accuracy(kernels, attention, seed=seed) | _repeats(kernels, attention)
 
 
 def _held_out(coordinates: Sequence[npt.NDArray[Any]], times: FloatArray, dimension: int, seed: int) -> dict[str, Any]:
@@ -392,3 +393,61 @@ def _held_out(coordinates: Sequence[npt.NDArray[Any]], times: FloatArray, dimens
     grid = _filled([axis[~left_out] for axis in coordinates], times[~left_out])
     predicted = grid(*(axis[left_out] for axis in coordinates))
     return summarize(times[left_out], predicted, groups=coordinates[dimension][left_out], seed=seed)
+
+
+def _uneven_accuracy(kernels: KernelProfile, attention: _Table, *, seed: int) -> dict[str, Any]:
+    """Decodes of unequal contexts: slopes fitted without whole batch sizes, or whole short contexts, in turn.
+
+    What equal contexts cost comes from attention.csv, as in the composed step, so its interpolation errors count too.
+    """
+    if kernels.skew is None:
+        return {}
+    skew = _Table.of(kernels.skew)
+    pure = skew.where((skew.pc == 0) & (skew.nb < skew.n))
+    decode = _attention_grids(attention, kernels)["decode"]
+    return {
+        f"uneven decode attention, {what} held out": _uneven_held_out(pure, pure.columns[name], decode, seed)
+        for name, what in (("n", "number of decodes"), ("kvs", "context"))
+    }
+
+
+def _uneven_held_out(pure: _Table, axis: npt.NDArray[Any], decode: Grid, seed: int) -> dict[str, Any]:
+    predicted = np.full(len(pure), np.nan)
+    for value in np.unique(axis)[1:-1]:
+        left_out = axis == value
+        slopes = _slopes(pure.where(~left_out))
+        if slopes is None:
+            continue
+        rows = pure.where(left_out)
+        longest = np.maximum(rows.kv_big, rows.kvs).astype(np.float64)
+        mean = rows.kvs + (longest - rows.kvs) * rows.nb / rows.n
+        share = np.sqrt(rows.nb / np.maximum(rows.n - rows.nb, 1))
+        slope = slopes(
+            *(np.clip(values, ax[0], ax[-1]) for values, ax in zip((rows.n, share), slopes.axes, strict=True))
+        )
+        predicted[left_out] = decode(rows.n, mean) + np.maximum(slope, 0.0) * (longest - mean)
+    known = ~np.isnan(predicted)
+    return summarize(pure.t_skew_us[known], predicted[known], groups=axis[known], seed=seed)
+
+
+def _repeats(kernels: KernelProfile, attention: _Table) -> dict[str, Any]:
+    """Noise floor: shapes that skew.csv measured again (all decodes at its longest context) against attention.csv."""
+    if kernels.skew is None:
+        return {}
+    skew = _Table.of(kernels.skew)
+    known = {
+        (int(c), int(p), int(n), int(k)): float(t)
+        for c, p, n, k, t in zip(
+            attention.prefill_chunk, attention.kv_prefill, attention.n_decode, attention.kv_decode, attention.time_us,
+            strict=True,
+        )
+    }  # fmt: skip
+    again = [
+        (float(t), known[shape])
+        for *place, t in zip(skew.pc, skew.kp, skew.n, skew.kv_big, skew.t_max_us, strict=True)
+        if (shape := (int(place[0]), int(place[1]), int(place[2]), int(place[3]))) in known
+    ]
+    if not again:
+        return {}
+    first, second = np.array(again).T
+    return {"attention measured twice (noise floor)": summarize(first, second)}
