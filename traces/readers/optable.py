@@ -198,6 +198,22 @@ def op_table(
     return OpTable(path, format_name, samples, provenance(path, format_name, files or [path]), facts)
 
 
+def plain_samples(
+    op: str,
+    work: str,
+    load: Mapping[str, npt.NDArray[Any]],
+    time_us: FloatArray,
+    key: Mapping[str, str] | None = None,
+    constants: Mapping[str, float] | None = None,
+) -> OpSamples:
+    """Samples of one operator from arrays of shape (n,), without repeats, shapes or doubts."""
+    n = len(time_us)
+    return OpSamples(
+        op, work, key or {}, {}, load, np.asarray(time_us, np.float64), np.arange(n), np.full(n, np.nan),
+        np.zeros(n, np.bool_), constants=constants or {},
+    )  # fmt: skip
+
+
 Reader = Callable[[Path], OpTable]
 
-__all__ = ["WORKS", "OpSamples", "OpTable", "Reader", "group_samples", "op_table"]
+__all__ = ["WORKS", "OpSamples", "OpTable", "Reader", "group_samples", "op_table", "plain_samples"]
