@@ -92,6 +92,23 @@ def prefix_blocks(requests: pa.Table, hash_block_tokens: int | None, block_size:
     return result
 
 
+def prefix_nodes(requests: pa.Table) -> list[list[int]]:
+    """Names of each request's hash blocks, the last and shorter one included: equal where the prompts are, up to there.
+
+    Blocks get numbers as they first appear, so that those which a prompt is the first to have are consecutive. A
+    request without hashes gets an empty list.
+    """
+    names: dict[tuple[int, int], int] = {}
+    result = []
+    for entries in _lists(requests.column("block_hashes")):
+        chain, parent = [], -1
+        for entry in entries or ():
+            parent = names.setdefault((parent, entry), len(names))
+            chain.append(parent)
+        result.append(chain)
+    return result
+
+
 def _intern_chains(lists: Sequence[list[int] | None]) -> tuple[list[IntArray | None], IntArray]:
     """For each list, the number of its node among the nodes of the same depth, at every depth; and how many nodes
     each depth has. Two lists have the same node at depth d exactly where their entries 0 to d are equal.

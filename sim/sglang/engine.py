@@ -53,8 +53,8 @@ class Observer(Protocol):
     def records_steps(self) -> bool:
         """Whether `stretched` looks at more than the requests."""
 
-    def stretched(self, stretch: Stretch, pending: Launched | None) -> None:
-        """Alike decode steps have been taken; under overlap one `pending` decode of theirs was taken in first."""
+    def stretched(self, stretch: Stretch) -> None:
+        """Alike decode steps have been taken; under overlap, each took in the step before it, and the last is out."""
 
 
 class SglangEngine:
@@ -161,7 +161,7 @@ class SglangEngine:
         available, ratios = advance(scheduler, count, record=self._observer.records_steps)
         self.num_steps += count
         stretch = Stretch(requests, kv_lens, *line, available, ratios)
-        self._observer.stretched(stretch, pending)
+        self._observer.stretched(stretch)
         batch = Batch(DECODE, requests, stretch.cache_lens(count - 1), [1] * len(requests), 0)
         scheduler.last_batch = batch
         self._last_step_ns = durations_ns[count - 1]

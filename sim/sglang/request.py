@@ -64,7 +64,8 @@ class SglangRequest:
 
     def runs(self, num_tokens: int) -> list[tuple[int, int]]:
         """The first `num_tokens` of prompt and known outputs, as (first id, length) runs."""
-        runs, left = [], num_tokens
+        runs: list[tuple[int, int]] = []
+        left = num_tokens
         for first, length in self.prompt_runs:
             if left <= 0:
                 return runs

@@ -182,8 +182,7 @@ class SglangScheduler:
 
     def _extend_batch(self, adder: PrefillAdder) -> Batch:
         admitted = adder.can_run
-        members = set(admitted)
-        self.waiting = [request for request in self.waiting if request not in members]
+        self._take_from_queue(admitted)
         for request in adder.preempted:
             self.add(request)
         if adder.new_chunked is not None:
@@ -205,6 +204,16 @@ class SglangScheduler:
         if self.config.mixes_chunks and self.running:
             self._mix(batch)
         return batch
+
+    def _take_from_queue(self, admitted: list[SglangRequest]) -> None:
+        """Who is admitted waits no longer: most often the head of the queue."""
+        # A pending chunk comes before those from the queue.
+        first = 0 if self.waiting and admitted[0] is self.waiting[0] else 1
+        if self.waiting[: len(admitted) - first] == admitted[first:]:
+            del self.waiting[: len(admitted) - first]
+            return
+        members = set(admitted)
+        self.waiting = [request for request in self.waiting if request not in members]
 
     def _allocate_extend(self, admitted: list[SglangRequest]) -> None:
         pool = self.pool

@@ -10,7 +10,7 @@ import gzip
 import json
 import os
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -41,7 +41,9 @@ def make_workload(workload: Mapping[str, Any]) -> list[CaseRequest]:
     """
     arguments = dict(workload)
     kind = arguments.pop("kind")
-    return {"mooncake": _mooncake, "multiturn": _multiturn, "poisson": _poisson}[kind](**arguments)
+    makers: dict[str, Callable[..., list[CaseRequest]]]
+    makers = {"mooncake": _mooncake, "multiturn": _multiturn, "poisson": _poisson}
+    return makers[kind](**arguments)
 
 
 def merged(runs: list[tuple[int, int]]) -> Runs:
