@@ -18,6 +18,7 @@ _KNOWN_WITHIN: Final = 0.5
 # Directions of the parameters, scaled to the parameters' own size, that are known worse than this, are named.
 _VAGUE: Final = 0.25
 _NAMED: Final = 0.3  # weight from which a parameter is named in a direction
+_NULL: Final = 1e-6  # of the largest eigenvalue: below, rounding decides
 _LEAST_BLOCKS: Final = 10
 _MOST_BLOCKS: Final = 200
 
@@ -44,12 +45,12 @@ class Doubt:
     Attributes:
         parameters: by name.
         vague: combinations that are hardly known: weights by parameter (relative changes that leave the data almost
-            as well explained) and the standard deviation along them, as a share.
+            as well explained) and the standard deviation along them, as a share; None where the data say nothing at all.
         correlation: between the estimates, shape (k, k); rows of parameters that do not matter at all are 0.
     """
 
     parameters: dict[str, Parameter]
-    vague: tuple[tuple[dict[str, float], float], ...]
+    vague: tuple[tuple[dict[str, float], float | None], ...]
     correlation: FloatArray
 
     def to_json(self) -> dict[str, Any]:
@@ -99,13 +100,60 @@ def find_doubt(
     sd = np.sqrt(np.diag(covariance))
     reach = float(stdtrit(max(num_blocks - 1, 1), 0.975)) * sd
     reach[~moving] = np.inf
+    null = _null_directions(jacobian, weight)
+    low, high = _free_range(values, null)
+    ends = zip(np.maximum(low - reach, 0.0).tolist(), (high + reach).tolist(), strict=True)
     parameters = {
-        name: Parameter(value, (max(value - far, 0.0), value + far), value > 0 and far <= _KNOWN_WITHIN * value)
-        for name, value, far in zip(names, values.tolist(), reach.tolist(), strict=True)
+        name: Parameter(value, (first, last), value > 0 and max(value - first, last - value) <= _KNOWN_WITHIN * value)
+        for name, value, (first, last) in zip(names, values.tolist(), ends, strict=True)
     }
     share = np.outer(sd, sd)
     correlation = np.divide(covariance, share, out=np.zeros_like(covariance), where=share > 0)
-    return Doubt(parameters, _vague(names, values, covariance), correlation)
+    unknown = tuple((_named(names, _relative(direction, values)), None) for direction in null)
+    return Doubt(parameters, (*unknown, *_vague(names, values, covariance)), correlation)
+
+
+def _null_directions(jacobian: FloatArray, weight: FloatArray) -> FloatArray:
+    """Changes of the parameters that change no residual: rows, shape (m, k). Parameters that never matter are left out.
+
+    An eigenvector of J'WJ, each column scaled to length 1, whose eigenvalue is nothing beside the largest.
+    """
+    length = np.sqrt((jacobian * jacobian * weight[:, None]).sum(axis=0))
+    used = np.flatnonzero(length > 0)
+    if not len(used):
+        return np.empty((0, len(length)))
+    columns = jacobian[:, used] / length[used]
+    eigenvalues, vectors = np.linalg.eigh(columns.T @ (columns * weight[:, None]))
+    found = np.zeros((len(used), len(length)))
+    found[:, used] = vectors.T / length[used]
+    null: FloatArray = found[eigenvalues < _NULL * eigenvalues[-1]]
+    return null
+
+
+def _free_range(values: FloatArray, null: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Least and largest value of each parameter along the null directions, all parameters staying at 0 or above."""
+    low, high = values.copy(), values.copy()
+    for direction in null:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            limits = -values / direction
+        noticed = np.abs(direction) * np.max(values, initial=0.0) > 1e-12 * np.abs(direction).max()
+        steps = [
+            np.max(limits[noticed & (direction > 0)], initial=-np.inf),
+            np.min(limits[noticed & (direction < 0)], initial=np.inf),
+        ]
+        with np.errstate(invalid="ignore"):
+            moved = np.stack([np.where(noticed, values + step * direction, values) for step in steps])
+        low, high = np.minimum(low, moved.min(axis=0)), np.maximum(high, moved.max(axis=0))
+    return np.maximum(low, 0.0), high
+
+
+def _relative(direction: FloatArray, values: FloatArray) -> FloatArray:
+    """A direction in shares of the values (of the largest one's for those at 0), of length 1."""
+    size = np.where(values > 0, values, 1.0)
+    shares = np.where(values > 0, direction / size, 0.0)
+    length = float(np.linalg.norm(shares))
+    found: FloatArray = shares / length if length > 0 else direction / np.linalg.norm(direction)
+    return found
 
 
 def _jackknife(
@@ -134,26 +182,29 @@ def _solve(matrix: FloatArray, right: FloatArray) -> FloatArray:
 
 def _vague(
     names: Sequence[str], values: FloatArray, covariance: FloatArray
-) -> tuple[tuple[dict[str, float], float], ...]:
+) -> tuple[tuple[dict[str, float], float | None], ...]:
     """Eigenvectors of the covariance in relative units that are known worse than _VAGUE, worst first."""
     alive = np.flatnonzero((values > 0) & (np.diag(covariance) > 0))
     if not len(alive):
         return ()
     relative = covariance[np.ix_(alive, alive)] / np.outer(values[alive], values[alive])
     variances, vectors = np.linalg.eigh(relative)
-    found = []
+    found: list[tuple[dict[str, float], float | None]] = []
     for variance, vector in zip(variances[::-1], vectors.T[::-1], strict=True):
         sd = float(np.sqrt(max(variance, 0.0)))
         if sd <= _VAGUE:
             break
-        signed = vector * np.sign(vector[np.argmax(np.abs(vector))])
-        direction = {
-            names[place]: round(float(weight), 3)
-            for place, weight in zip(alive.tolist(), signed, strict=True)
-            if abs(weight) >= _NAMED
-        }
-        found.append((direction, sd))
+        full = np.zeros(len(names))
+        full[alive] = vector
+        found.append((_named(names, full), sd))
     return tuple(found)
+
+
+def _named(names: Sequence[str], direction: FloatArray) -> dict[str, float]:
+    """The parameters that a direction of length 1 is about, the heaviest one positive."""
+    signed = direction * np.sign(direction[np.argmax(np.abs(direction))])
+    pairs = zip(names, signed.tolist(), strict=True)
+    return {name: round(weight, 3) for name, weight in pairs if abs(weight) >= _NAMED}
 
 
 def _blocks(order: npt.NDArray[np.int64], scores: FloatArray) -> tuple[npt.NDArray[np.int64], int]:

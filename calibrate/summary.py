@@ -94,7 +94,8 @@ def _prices(profile: Profile) -> list[str]:
     lines = table(["price per unit, ns", "value", "95 % interval", ""], rows)
     for one in doubt.get("vague", ()):
         parts = " ".join(f"{weight:+.2f} {name}" for name, weight in one["direction"].items())
-        lines.append(f"hardly told apart, along {parts}: +- {one['relative_sd']:.0%}")
+        sd = "no limit" if one["relative_sd"] is None else f"+- {one['relative_sd']:.0%}"
+        lines.append(f"hardly told apart, along {parts}: {sd}")
     return lines
 
 
