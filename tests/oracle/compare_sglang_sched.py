@@ -32,7 +32,7 @@ from kvtwin.sim.sglang.simulate import build_engine
 from kvtwin.sim.sglang.stretch import Stretch
 from kvtwin.traces.errors import KvtwinError
 
-_RENAMED = {
+_RENAMED: dict[str, str] = {
     "pool_tokens": "max_total_tokens", "mixed_chunk": "enable_mixed_chunk", "eviction_policy": "radix_eviction_policy",
     "priority_scheduling": "enable_priority_scheduling", "low_priority_first": "schedule_low_priority_values_first",
     "preemption_threshold": "priority_scheduling_preemption_threshold", "context_len": "context_length",
@@ -72,7 +72,7 @@ def read_case(path: Path) -> Case:
 
 def case_config(case: Case) -> SglangConfig:
     """The engine of a case under SGLang's own argument names."""
-    given = dict(case.settings["config"])
+    given: dict[str, Any] = dict(case.settings["config"])
     hicache = given.pop("hicache", None)
     settings: dict[str, Any] = {_RENAMED.get(name, name): value for name, value in given.items()}
     settings["disable_overlap_schedule"] = not settings.pop("overlap", False)
