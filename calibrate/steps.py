@@ -19,6 +19,7 @@ from kvtwin.calibrate.accuracy import summarize
 from kvtwin.calibrate.agree import agreed_facts, place_of
 from kvtwin.calibrate.design import Limits, next_batches
 from kvtwin.calibrate.diagnostics import diagnose
+from kvtwin.calibrate.frontend import fit_frontend, frontend_accuracy
 from kvtwin.calibrate.host import fit_host_time, host_accuracy
 from kvtwin.calibrate.identify import find_doubt
 from kvtwin.calibrate.noise import run_floor, step_floor
@@ -169,7 +170,8 @@ def calibrate_steps(
     fitted = StepRegression(FEATURE_SETS[chosen]).fit(data.batches, data.latency_ns, data.day)
     latency = fitted.to_latency()
     tell(STAGES[-1])
-    host, host_note = fit_host_time(runs)
+    between, host_note = fit_host_time(runs)
+    host, frontend_note = fit_frontend(runs, between)
     return Profile(
         kind="regression",
         latency=latency.to_json(),
@@ -179,6 +181,7 @@ def calibrate_steps(
         accuracy={
             **_accuracy(data, predictions[chosen], seed),
             **host_accuracy(runs, seed=seed),
+            **frontend_accuracy(runs, seed=seed),
             **_floors(runs, data.names),
             **_tested(latency, runs, test, seed),
         },
@@ -192,6 +195,7 @@ def calibrate_steps(
             "features": chosen,
             "features_tried": _scores(data, predictions),
             "host_time": host_note,
+            "frontend_time": frontend_note,
             **_speeds(data, FEATURE_SETS[chosen]),
             **_doubt(data, fitted, runs),
             "seed": seed,

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from kvtwin.sim.config import VllmConfig, rules_version
 from kvtwin.sim.engine import Engine
+from kvtwin.sim.frontend import at_the_client, at_the_engine
 from kvtwin.sim.latency.base import LatencyModel
 from kvtwin.sim.latency.host import HostTime
 from kvtwin.sim.request import Request
@@ -37,7 +38,7 @@ def simulate(
         workload: any Run; only arrivals, lengths, priorities and block hashes are read.
         config: the engine's settings.
         latency: how long the model runs for a batch.
-        host: time between steps.
+        host: time between steps, before the queue and on the way back to the client.
         record_steps: keep the `steps` table.
         plain: take every step by itself (the specification; the result is the same).
         source: provenance to note in the result.
@@ -48,9 +49,10 @@ def simulate(
     started = time.perf_counter()
     requests = build_requests(workload, config)
     engine = Engine(config, latency, host, record_steps=record_steps, plain=plain)
-    times = engine.run(requests)
+    times = engine.run(at_the_engine(requests, host) if host else requests)
     core_s = time.perf_counter() - started
-    tables = {"requests": times.table(workload.requests, requests)}
+    table = times.table(workload.requests, requests)
+    tables = {"requests": at_the_client(table, host) if host else table}
     if record_steps:
         tables["steps"] = engine.steps()
     info = RunInfo(
