@@ -232,6 +232,8 @@ class HiRadixTree(RadixTree):
         while self._writing:
             end_ns, node = self._writing.popleft()
             self._clock.advance(end_ns)
+            if self.storage is not None:
+                self.storage.advance(self._clock.now_ns)
             if self._rules.stores_written_back:
                 self._store(node)
 

@@ -207,8 +207,8 @@ class SglangScheduler:
 
     def _take_from_queue(self, admitted: list[SglangRequest]) -> None:
         """Who is admitted waits no longer: most often the head of the queue."""
-        # A pending chunk comes before those from the queue.
-        first = 0 if self.waiting and admitted[0] is self.waiting[0] else 1
+        # A pending chunk, which holds KV already, comes before those from the queue (of whom prefetches may hold some up).
+        first = int(admitted[0].kv_len > 0)
         if self.waiting[: len(admitted) - first] == admitted[first:]:
             del self.waiting[: len(admitted) - first]
             return
