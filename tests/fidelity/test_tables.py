@@ -35,8 +35,8 @@ GATES: Final[Mapping[tuple[str, str], Mapping[str, float]]] = {
     ("vidur/network/", "all_reduce"): {"": 4.5},
     ("vidur/network/", "send_recv"): {"": 7.5},
     ("aiconfigurator/", "gemm"): {"": 11.0},
-    ("aiconfigurator/", "context_attention"): {"num_seqs": 6.0, "chunk": 6.5},
-    ("aiconfigurator/", "generation_attention"): {"num_decode": 8.5, "context": 6.0},
+    ("aiconfigurator/", "context_attention"): {"num_seqs": 6.0, "chunk": 7.5},
+    ("aiconfigurator/", "generation_attention"): {"num_decode": 8.5, "context": 7.8},
     ("aiconfigurator/", "moe_perf"): {"": 4.8},
 }  # fmt: skip
 
