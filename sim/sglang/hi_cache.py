@@ -11,11 +11,15 @@ from kvtwin.sim.sglang.hi_tree import HiRadixTree
 from kvtwin.sim.sglang.pool import KvPool
 from kvtwin.sim.sglang.radix_cache import RadixCache
 from kvtwin.sim.sglang.request import SglangRequest
+from kvtwin.sim.sglang.runs import Runs
 from kvtwin.sim.sglang.storage import Prefetch, StorageThreads
 from kvtwin.traces.errors import InputError
 
 _TOKENS_PER_KI: Final = 1024
 _NS_PER_S: Final = 1e9
+_NEXT_READING_S: Final = 1e-10
+# `Req.last_tic`, `PrefetchOperation.start_time`, `wait_queue_entry_time`.
+_READINGS_PER_ARRIVAL: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +83,29 @@ class HiRadixCache(RadixCache):
         self._storage = tree.storage = storage
         self._prefetches: dict[int, Prefetch] = {}
         self._prefetch_tokens = 0
+        self._instant_ns, self._first_reading = -1, 0
         # Prefetches may hold this much of the host memory that the device does not mirror.
         self._max_prefetch_tokens = int(0.8 * (tree.host.size - pool.size))
 
     def match(self, request: SglangRequest, num_tokens: int) -> None:
         """Look up its first `num_tokens` tokens on both levels."""
+        self._note_instant()
         found = self._levels.match_path(self.key(request), num_tokens)
         request.prefix_len, request.last_node, request.host_hit_len, request.last_host_node = found
+
+    def _insert(self, request: SglangRequest, key: Runs, num_tokens: int, *, chunked: bool) -> None:
+        # What storage did before now comes first.
+        self.advance(self._clock.now_ns)
+        self._note_instant()
+        super()._insert(request, key, num_tokens, chunked=chunked)
+
+    def _note_instant(self) -> None:
+        if self._clock.now_ns != self._instant_ns:
+            self._instant_ns, self._first_reading = self._clock.now_ns, self._levels.time
+
+    def _reading_s(self) -> float:
+        """A reading of SGLang's clock as the oracle has it: no two are equal, each is 0.1 ns after the last."""
+        return self._clock.now_ns / _NS_PER_S + (self._levels.time - self._first_reading) * _NEXT_READING_S
 
     def evict(self, num_tokens: int) -> None:
         """Free at least `num_tokens` of the device, if that many are evictable."""
@@ -135,6 +155,7 @@ class HiRadixCache(RadixCache):
         started = self._start_prefetch(request, start, num_tokens - num_tokens % self._levels.page_size)
         started = started or request.row in self._prefetches
         self.observer.prefetch_asked(request.row, num_tokens, started)
+        self._levels.time += _READINGS_PER_ARRIVAL
 
     def _start_prefetch(self, request: SglangRequest, start: int, num_tokens: int) -> bool:
         assert self._storage is not None
@@ -148,7 +169,7 @@ class HiRadixCache(RadixCache):
             if not host.alloc(num_tokens):
                 node.host_ref -= 1
                 return False
-        operation = Prefetch(request.row, self.key(request), start, num_tokens, node, self._clock.now_ns)
+        operation = Prefetch(request.row, self.key(request), start, num_tokens, node, self._reading_s())
         self._storage.prefetch(operation)
         self._prefetches[request.row] = operation
         self._prefetch_tokens += num_tokens
@@ -164,7 +185,6 @@ class HiRadixCache(RadixCache):
         if operation is None:
             return True
         self.advance(self._clock.now_ns)
-        # The query's answer may have come since the last poll: it is revoked only when polled.
         if not self._may_end(operation):
             return False
         operation.terminated = True
@@ -182,7 +202,7 @@ class HiRadixCache(RadixCache):
         complete = operation.hit_tokens > 0 and operation.completed == operation.hit_tokens
         if complete or self._prefetch.policy == "wait_complete":
             return complete
-        return self._clock.now_ns / _NS_PER_S - operation.start_ns / _NS_PER_S > self._timeout_s(operation)
+        return self._clock.now_ns / _NS_PER_S - operation.start_s > self._timeout_s(operation)
 
     def _timeout_s(self, operation: Prefetch) -> float:
         page_size = self._levels.page_size
@@ -198,7 +218,7 @@ class HiRadixCache(RadixCache):
             times_ns.append(self._storage.next_event_ns())
             if self._prefetch.policy == "timeout":
                 times_ns += [
-                    int((operation.start_ns / _NS_PER_S + self._timeout_s(operation)) * _NS_PER_S) + 1000
+                    int((operation.start_s + self._timeout_s(operation)) * _NS_PER_S) + 1000
                     for operation in self._prefetches.values()
                 ]
         coming = [time_ns for time_ns in times_ns if time_ns is not None and time_ns > now_ns]

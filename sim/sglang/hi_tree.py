@@ -89,6 +89,7 @@ class HiRadixTree(RadixTree):
         page_size = self.page_size
         limit = num_tokens - num_tokens % page_size
         node = self.root_node
+        self._touch(node)
         depth = index = offset = 0
         while depth < limit:
             child = node.children.get(edge_at(key, index, offset, page_size))

@@ -186,7 +186,7 @@ class RadixTree:
         return depth
 
     def _add_leaf(self, parent: TreeNode, key: Runs, start: int, end: int, priority: int) -> TreeNode:
-        self.time += 1
+        self.time += 2  # last access, then creation
         leaf = TreeNode(parent, cut(key, start, end), end - start, self.time, priority)
         leaf.edge = edge_at(leaf.runs, 0, 0, self.page_size)
         parent.children[leaf.edge] = leaf
@@ -197,7 +197,7 @@ class RadixTree:
         """Cut a node after `at` tokens; returns the new upper part, which is younger than the lower."""
         parent = lower.parent
         assert parent is not None
-        self.time += 1
+        self.time += 2
         upper = TreeNode(parent, cut(lower.runs, 0, at), at, self.time, lower.priority)
         upper.lock_ref = lower.lock_ref
         upper.on_device, upper.on_host = lower.on_device, lower.on_host
