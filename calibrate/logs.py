@@ -35,7 +35,9 @@ from kvtwin.calibrate import stats
 from kvtwin.calibrate.accuracy import summarize
 from kvtwin.calibrate.agree import agreed_facts, place_of
 from kvtwin.calibrate.identify import Doubt, find_doubt
+from kvtwin.calibrate.units import refuse_implausible
 from kvtwin.sim.config import VllmConfig
+from kvtwin.sim.latency.base import LatencyModel
 from kvtwin.sim.latency.grid import FloatArray
 from kvtwin.sim.latency.profile import Profile
 from kvtwin.sim.latency.regression import RegressionLatency, design
@@ -94,7 +96,8 @@ class Log:
         """All requests of a run.
 
         Raises:
-            InputError: a time is not positive, or two engine instances served the requests.
+            InputError: a time is not positive or in another unit than it says, or two engine instances served the
+                requests.
         """
         table = run.requests
         clock: Clock = "arrival_ns" if table.column("queued_ns").null_count == table.num_rows else "queued_ns"
@@ -116,6 +119,9 @@ class Log:
             before = (self.clock, "first_token_ns")[kind]
             problem = f"{times[kind, row]:.0f} ns after {before}: a positive time expected (check clocks and units)"
             raise InputError(problem, path=place_of(self.run), row=row, column=name)
+        per_token = times[1] / np.maximum(self.run.requests.column("output_tokens").to_numpy() - 1, 1)
+        if np.isfinite(per_token).any():
+            refuse_implausible(float(np.nanmedian(per_token)), "an output token", self.run, "finish_ns")
 
     def only(self, rows: Rows) -> Log:
         """The same log with fewer usable times."""
@@ -409,7 +415,7 @@ def _held_out(logs: Sequence[Log], chosen: LogFit, tell: Progress, seed: int) ->
     return accuracy
 
 
-def judge_log(log: Log, latency: RegressionLatency) -> dict[str, FloatArray]:
+def judge_log(log: Log, latency: LatencyModel) -> dict[str, FloatArray]:
     """Measured and simulated milliseconds of the usable requests, shape (2, n) each: ttft, tpot, latency.
 
     Requests without a measured time are left out.
