@@ -18,8 +18,6 @@ from kvtwin.traces.errors import InputError
 _TOKENS_PER_KI: Final = 1024
 _NS_PER_S: Final = 1e9
 _NEXT_READING_S: Final = 1e-10
-# `Req.last_tic`, `PrefetchOperation.start_time`, `wait_queue_entry_time`.
-_READINGS_PER_ARRIVAL: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +95,8 @@ class HiRadixCache(RadixCache):
         # What storage did before now comes first.
         self.advance(self._clock.now_ns)
         self._note_instant()
+        if self._caches_outputs and not chunked:
+            self._levels.time += 1  # 0.5.9: `prefill_finished_ts`, or `completion_time`
         super()._insert(request, key, num_tokens, chunked=chunked)
 
     def _note_instant(self) -> None:
@@ -105,7 +105,10 @@ class HiRadixCache(RadixCache):
 
     def _reading_s(self) -> float:
         """A reading of SGLang's clock as the oracle has it: no two are equal, each is 0.1 ns after the last."""
-        return self._clock.now_ns / _NS_PER_S + (self._levels.time - self._first_reading) * _NEXT_READING_S
+        reading_s = self._clock.now_ns / _NS_PER_S
+        for _ in range(self._levels.time - self._first_reading):
+            reading_s += _NEXT_READING_S
+        return reading_s
 
     def evict(self, num_tokens: int) -> None:
         """Free at least `num_tokens` of the device, if that many are evictable."""
@@ -150,12 +153,13 @@ class HiRadixCache(RadixCache):
         if self._storage is None or not request.last_node.on_host:
             return
         self.advance(self._clock.now_ns)
+        self._levels.time += 1  # `Req.last_tic`
         start = request.prefix_len + request.host_hit_len
         num_tokens = request.fill_len - start
         started = self._start_prefetch(request, start, num_tokens - num_tokens % self._levels.page_size)
         started = started or request.row in self._prefetches
         self.observer.prefetch_asked(request.row, num_tokens, started)
-        self._levels.time += _READINGS_PER_ARRIVAL
+        self._levels.time += 2  # `PrefetchOperation.start_time`, `wait_queue_entry_time`
 
     def _start_prefetch(self, request: SglangRequest, start: int, num_tokens: int) -> bool:
         assert self._storage is not None
@@ -202,12 +206,12 @@ class HiRadixCache(RadixCache):
         complete = operation.hit_tokens > 0 and operation.completed == operation.hit_tokens
         if complete or self._prefetch.policy == "wait_complete":
             return complete
-        return self._clock.now_ns / _NS_PER_S - operation.start_s > self._timeout_s(operation)
+        limit_s = self._prefetch.timeout_base_s + self._pages_timeout_s(operation)
+        return self._clock.now_ns / _NS_PER_S - operation.start_s > limit_s
 
-    def _timeout_s(self, operation: Prefetch) -> float:
+    def _pages_timeout_s(self, operation: Prefetch) -> float:
         page_size = self._levels.page_size
-        per_page_s = page_size / _TOKENS_PER_KI * self._prefetch.timeout_per_ki_token_s
-        return self._prefetch.timeout_base_s + operation.hit_tokens // page_size * per_page_s
+        return operation.hit_tokens // page_size * (page_size / _TOKENS_PER_KI * self._prefetch.timeout_per_ki_token_s)
 
     def next_event_ns(self) -> int | None:
         """When the next transfer after now ends, or a prefetch times out (a microsecond later, to be past it)."""
@@ -217,8 +221,9 @@ class HiRadixCache(RadixCache):
         if self._storage is not None:
             times_ns.append(self._storage.next_event_ns())
             if self._prefetch.policy == "timeout":
+                base_s = self._prefetch.timeout_base_s
                 times_ns += [
-                    int((operation.start_s + self._timeout_s(operation)) * _NS_PER_S) + 1000
+                    int((operation.start_s + base_s + self._pages_timeout_s(operation)) * _NS_PER_S) + 1000
                     for operation in self._prefetches.values()
                 ]
         coming = [time_ns for time_ns in times_ns if time_ns is not None and time_ns > now_ns]

@@ -63,13 +63,13 @@ def find_sglang_cases(folder: Path) -> list[Path]:
 
 def compare_sglang_case(case: Path) -> Result:
     """Simulate a case of SGLang's scheduler or caches and find the first difference."""
+    import compare_sglang_cache  # type: ignore[import-not-found]  # beside this file
     import compare_sglang_sched  # type: ignore[import-not-found]  # beside this file
 
-    settings = json.loads(case.read_text())
-    if "latency_ns" not in settings:
-        return Result(case, 0, "cannot be compared: not a case of a scheduler")
+    # Only what runs a scheduler has step times.
+    kind = compare_sglang_sched if "latency_ns" in json.loads(case.read_text()) else compare_sglang_cache
     try:
-        return Result(case, *compare_sglang_sched.difference_of(case))
+        return Result(case, *kind.difference_of(case))
     except FileNotFoundError as error:
         return Result(case, 0, f"cannot be compared: {error}")
 
