@@ -13,8 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sglang_cache_log import CacheLog, taken
-from sglang_workloads import CaseRequest, make_workload
+from sglang_cache_log import CacheLog, taken  # type: ignore[import-not-found]  # beside this file
+from sglang_workloads import (  # type: ignore[import-not-found]  # beside this file
+    CaseRequest,
+    make_workload,
+)
 
 from kvtwin.sim.sglang.pool import KvPool
 from kvtwin.sim.sglang.radix_cache import RadixCache

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sglang_cache_log import CacheLog, taken
+from sglang_cache_log import CacheLog, taken  # type: ignore[import-not-found]  # beside this file
 from sglang_workloads import (  # type: ignore[import-not-found]  # beside this file
     OUTPUT_BASE,
     OUTPUTS_PER_REQUEST,
@@ -202,7 +202,7 @@ def simulate_case(case: Case, *, plain: bool = False) -> tuple[list[list[Any]], 
     kept, requests = case_requests(case, config)
     prices = case.settings["latency_ns"]
     latency = LinearLatency(prices["a"], prices["b"] + prices["c"], prices["c"], prices["d"])
-    log = OracleLog(CacheLog(levels=config.enable_hierarchical_cache, now_ns=lambda: log.now_ns))
+    log: OracleLog = OracleLog(CacheLog(levels=config.enable_hierarchical_cache, now_ns=lambda: log.now_ns))
     log.engine = build_engine(config, latency, observer=log, plain=plain)
     if not config.disable_radix_cache:
         log.engine.scheduler.cache.observer = log.cache
