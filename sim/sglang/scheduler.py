@@ -276,6 +276,16 @@ class SglangScheduler:
         cache_lens = [request.kv_len - 1 for request in running]
         return Batch(DECODE, running, cache_lens, [1] * len(running), 0, retracted=retracted)
 
+    def make_room(self) -> bool:
+        """Evict what the next decode would; False, and nothing done, where that may not be enough."""
+        wanted = len(self.running) * self.pool.page_size
+        if self.pool.available < wanted:
+            if self.pool.available + self.cache.evictable_size() < wanted:
+                return False
+            self._has_room(self.running)
+            self._evict_for(wanted)
+        return self.pool.available >= wanted
+
     def _has_room(self, requests: list[SglangRequest]) -> bool:
         """Whether the next token of each finds room, after an eviction if need be (`check_decode_mem`)."""
         num_tokens = self.num_new_pages(requests) * self.pool.page_size

@@ -88,8 +88,7 @@ def build_requests(workload: Run, config: SglangConfig) -> list[SglangRequest]:
     block_tokens = workload.info.hash_block_tokens or 0
     nodes = prefix_nodes(table) if block_tokens else [[] for _ in range(table.num_rows)]
     unused = block_tokens * (1 + max((max(chain) for chain in nodes if chain), default=-1))
-    # SGLang's sentinels for requests without a priority (`_set_or_validate_priority`).
-    lowest = sys.maxsize if config.schedule_low_priority_values_first else -sys.maxsize - 1
+    unset = unset_priority(config)
     requests = []
     for row, (arrival_ns, prompt, output, priority) in enumerate(zip(*columns, strict=True)):
         _refuse_too_long(prompt, output, config, workload, row)
@@ -106,11 +105,18 @@ def build_requests(workload: Run, config: SglangConfig) -> list[SglangRequest]:
                 max_new_tokens=output,
                 prompt_runs=merge_runs(runs),
                 output_base=unused + left + 1,
-                priority=lowest if priority is None else priority,
+                priority=unset if priority is None else priority,
             )
         )
         unused += left + 1 + output + 1
     return requests
+
+
+def unset_priority(config: SglangConfig) -> int:
+    """The priority of a request that has none: the last there is, where it counts (`_set_or_validate_priority`)."""
+    if not config.enable_priority_scheduling:
+        return 0
+    return sys.maxsize if config.schedule_low_priority_values_first else -sys.maxsize - 1
 
 
 def _refuse_too_long(prompt: int, output: int, config: SglangConfig, workload: Run, row: int) -> None:

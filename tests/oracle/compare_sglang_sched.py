@@ -27,7 +27,7 @@ from kvtwin.sim.sglang.config import SglangConfig, sglang_config
 from kvtwin.sim.sglang.engine import Launched, SglangEngine
 from kvtwin.sim.sglang.request import SglangRequest
 from kvtwin.sim.sglang.scheduler import UpstreamStopError
-from kvtwin.sim.sglang.simulate import build_engine
+from kvtwin.sim.sglang.simulate import build_engine, unset_priority
 from kvtwin.sim.sglang.stretch import Stretch
 from kvtwin.traces.errors import KvtwinError
 
@@ -100,7 +100,7 @@ def case_requests(case: Case, config: SglangConfig) -> tuple[list[CaseRequest], 
     """The workload, without the requests that the driver leaves out, and the engine's view of it."""
     room = config.max_total_tokens - 4 * config.page_size - 8
     kept = [r for r in make_workload(case.settings["workload"]) if r.input_length + r.output_length <= room]
-    lowest = (1 << 63) - 1 if config.schedule_low_priority_values_first else -(1 << 63)
+    unset = unset_priority(config)
     requests = [
         SglangRequest(
             row=row,
@@ -109,7 +109,7 @@ def case_requests(case: Case, config: SglangConfig) -> tuple[list[CaseRequest], 
             max_new_tokens=min(request.output_length, config.max_req_len - request.input_length - 1),
             prompt_runs=request.runs,
             output_base=OUTPUT_BASE + row * OUTPUTS_PER_REQUEST,
-            priority=lowest if request.priority is None else request.priority,
+            priority=unset if request.priority is None else request.priority,
         )
         for row, request in enumerate(kept)
     ]
