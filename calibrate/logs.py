@@ -34,11 +34,13 @@ import numpy.typing as npt
 from kvtwin.calibrate import stats
 from kvtwin.calibrate.accuracy import summarize
 from kvtwin.calibrate.agree import agreed_facts, place_of
+from kvtwin.calibrate.frontend import fit_frontend
 from kvtwin.calibrate.identify import Doubt, find_doubt
 from kvtwin.calibrate.units import refuse_implausible
 from kvtwin.sim.config import VllmConfig
 from kvtwin.sim.latency.base import LatencyModel
 from kvtwin.sim.latency.grid import FloatArray
+from kvtwin.sim.latency.host import HostTime
 from kvtwin.sim.latency.profile import Profile
 from kvtwin.sim.latency.regression import RegressionLatency, design
 from kvtwin.sim.latency.stats import COLUMNS, BatchStats
@@ -338,6 +340,7 @@ def calibrate_logs(logs: Sequence[Log], *, seed: int = 0, progress: Progress | N
     features, start = fits[chosen].features, dict(zip(fits[chosen].features, fits[chosen].prices_ns, strict=True))
     accuracy = _held_out(logs, fits[chosen], tell, seed)
     tell("all requests")
+    host, frontend_note = fit_frontend([log.run for log in logs], HostTime())
     fit = fit_logs(logs, features, start)
     batches = BatchStats(
         np.concatenate([BatchStats.of_steps(simulate(log.run, log.config, fit.latency).steps).table for log in logs])
@@ -345,6 +348,7 @@ def calibrate_logs(logs: Sequence[Log], *, seed: int = 0, progress: Progress | N
     return Profile(
         kind="regression",
         latency=fit.latency.to_json(),
+        host=host,
         **facts,
         domain={name: (float(getattr(batches, name).min()), float(getattr(batches, name).max())) for name in COLUMNS},
         accuracy=accuracy,
@@ -356,6 +360,7 @@ def calibrate_logs(logs: Sequence[Log], *, seed: int = 0, progress: Progress | N
             "features_tried": {name: {"loss": float(loss.mean())} for name, loss in _losses(fits).items()},
             "doubt": fit.doubt.to_json(),
             "host_time": "none: a log cannot tell it from the fixed cost of a step, which holds it",
+            "frontend_time": frontend_note,
             "seed": seed,
             "kvtwin": version("kvtwin"),
         },
