@@ -75,6 +75,7 @@ class HiRadixTree(RadixTree):
             matched node that the host holds.
         """
         depth, node = self.match_prefix(key, num_tokens)
+        self._host_leaves.touch(node)
         host_hit, host_node = 0, node
         while not node.on_device:
             host_hit += node.length
@@ -163,6 +164,7 @@ class HiRadixTree(RadixTree):
     def _split(self, lower: TreeNode, at: int) -> TreeNode:
         upper = super()._split(lower, at)
         upper.hit_count = lower.hit_count
+        self._host_leaves.touch(lower)
         return upper
 
     def insert_host(self, node: TreeNode, key: Runs, start: int, end: int) -> int:
@@ -186,6 +188,7 @@ class HiRadixTree(RadixTree):
             if partial:
                 break
         self._queue.touch(node)
+        self._host_leaves.touch(node)
         if depth < end:
             leaf = self._add_leaf(node, key, depth, end, node.priority)
             self.evictable -= leaf.length

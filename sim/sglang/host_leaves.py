@@ -16,6 +16,9 @@ class HostLeaves(Protocol):
     def update(self, node: TreeNode) -> None:
         """A node's levels, locks or children have changed."""
 
+    def touch(self, node: TreeNode) -> None:
+        """A node's key may have fallen."""
+
     def drain(self) -> Iterator[TreeNode]:
         """Candidates in the policy's order."""
 
@@ -43,6 +46,10 @@ class QueuedHostLeaves:
         """Offer a node that has become a candidate."""
         if _is_host_leaf(node):
             self._queue.offer(node)
+
+    def touch(self, node: TreeNode) -> None:
+        """Rank it anew where its key may fall."""
+        self._queue.touch(node)
 
     def drain(self) -> Iterator[TreeNode]:
         """Candidates in the policy's order."""
@@ -81,6 +88,9 @@ class ListedHostLeaves:
             self._listed.pop(node, None)
         else:
             self._listed[node] = None
+
+    def touch(self, node: TreeNode) -> None:
+        """All are ranked at each eviction."""
 
     def drain(self) -> Iterator[TreeNode]:
         """What is listed now, in the policy's order, and whoever joins meanwhile."""

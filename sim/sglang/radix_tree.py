@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 from kvtwin.sim.sglang.eviction import EvictionKey, EvictionQueue, eviction_policy
@@ -75,7 +76,7 @@ class RadixTree:
         self.page_size = page_size
         self.counts_hits = counts_hits
         self.time = 0
-        self.root_node = TreeNode(None, (), 0, 0, 0)
+        self.root_node = TreeNode(None, (), 0, 0, -sys.maxsize)  # prefetched nodes take their parent's priority
         self.root_node.lock_ref = 1
         self.root_node.on_host = True
         self.evictable = self.protected = 0
