@@ -21,6 +21,9 @@ from kvtwin.traces.errors import KvtwinError
 from kvtwin.traces.readers import vllm_recording
 from kvtwin.traces.run import Run
 
+# The Makefile sets PYTHONSAFEPATH, which keeps a script's own folder out of the search path.
+sys.path.insert(0, str(Path(__file__).parent))
+
 # What a case's config.json leaves out: DEFAULTS of oracle/drive_scheduler.py.
 _DEFAULTS: Mapping[str, Any] = {
     "num_gpu_blocks": 4096, "block_size": 16, "max_num_seqs": 128, "max_num_batched_tokens": 2048,
