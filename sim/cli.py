@@ -9,11 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from kvtwin.sim import cache_cli
 from kvtwin.traces.errors import InputError
 
 
 def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add `simulate`."""
+    """Add `simulate` and `cache`."""
     parser = subparsers.add_parser(
         "simulate",
         help="serve a workload with a simulated engine",
@@ -30,6 +31,7 @@ def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of a summary")
     parser.set_defaults(run=_run)
+    cache_cli.add_commands(subparsers)
 
 
 def _run(args: argparse.Namespace) -> int:
