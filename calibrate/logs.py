@@ -400,24 +400,47 @@ def _choose(fits: Mapping[str, LogFit], seed: int) -> str:
 
 def _held_out(logs: Sequence[Log], chosen: LogFit, tell: Progress, seed: int) -> dict[str, Any]:
     """Errors of TTFT, TPOT and latency on requests whose times no price has seen."""
-    start = dict(zip(chosen.features, chosen.prices_ns.tolist(), strict=True))
-    if len(logs) == 1:
-        tell("held out: later half")
-        pairs = [(chosen, logs[0].halves()[1])]
-    else:
-        pairs = []
-        for index, log in enumerate(logs):
-            tell(f"held out: {index + 1}")
-            pairs.append((fit_logs([*logs[:index], *logs[index + 1 :]], chosen.features, start), log))
-    found = [judge_log(log, fit.latency) for fit, log in pairs]
-    joined = {name: np.concatenate([one[name] for one in found], axis=1) for name in found[0]}
-    accuracy = {name: _summary(times[0], times[1], seed) for name, times in joined.items()}
+    found = _judged(logs, chosen, tell)
+    accuracy = {name: _summary(times[0], times[1], seed) for name, times in _joined(found).items()}
     if len(logs) > 1:
-        for one, (_, log), index in zip(found, pairs, range(len(logs)), strict=True):
+        for index, (log, one) in enumerate(zip(logs, found, strict=True)):
             accuracy |= {
                 f"{name} of {_name(log, index)}": _summary(times[0], times[1], seed) for name, times in one.items()
             }
     return accuracy
+
+
+def _judged(logs: Sequence[Log], chosen: LogFit, tell: Progress) -> list[dict[str, FloatArray]]:
+    """Held-out times of each log (`judge_log`); `chosen` is the fit to the earlier half of a single log."""
+    if len(logs) == 1:
+        tell("held out: later half")
+        return [judge_log(logs[0].halves()[1], chosen.latency)]
+    start = dict(zip(chosen.features, chosen.prices_ns.tolist(), strict=True))
+    found = []
+    for index, log in enumerate(logs):
+        tell(f"held out: {index + 1}")
+        fit = fit_logs([*logs[:index], *logs[index + 1 :]], chosen.features, start)
+        found.append(judge_log(log, fit.latency))
+    return found
+
+
+def _joined(found: Sequence[Mapping[str, FloatArray]]) -> dict[str, FloatArray]:
+    return {name: np.concatenate([one[name] for one in found], axis=1) for name in found[0]}
+
+
+def held_out_requests(logs: Sequence[Log], profile: Profile) -> dict[str, FloatArray]:
+    """Measured and simulated milliseconds of held-out requests, as `judge_log`, from fits with a profile's features.
+
+    Args:
+        logs: what the profile was fitted on.
+        profile: of `calibrate_logs`.
+    """
+    names = list(GROWTH)
+    features = tuple(
+        feature for name in names[: names.index(profile.provenance["features"]) + 1] for feature in GROWTH[name]
+    )
+    fit = fit_logs([logs[0].halves()[0]] if len(logs) == 1 else logs, features)
+    return _joined(_judged(logs, fit, lambda _: None))
 
 
 def judge_log(log: Log, latency: LatencyModel) -> dict[str, FloatArray]:
