@@ -142,7 +142,7 @@ class HiRadixCache(RadixCache):
             if operation is not None:
                 self._release(operation)
         for node in messages.backed_up:
-            node.host_ref -= 1
+            self._levels.release_host(node)
         self._levels.host.free(messages.released_tokens)
         messages.revoked.clear()
         messages.backed_up.clear()
@@ -171,7 +171,7 @@ class HiRadixCache(RadixCache):
         if not host.alloc(num_tokens):
             self._levels.evict_host(num_tokens)
             if not host.alloc(num_tokens):
-                node.host_ref -= 1
+                self._levels.release_host(node)
                 return False
         operation = Prefetch(request.row, self.key(request), start, num_tokens, node, self._reading_s())
         self._storage.prefetch(operation)
@@ -180,7 +180,7 @@ class HiRadixCache(RadixCache):
         return True
 
     def _release(self, operation: Prefetch) -> None:
-        operation.node.host_ref -= 1
+        self._levels.release_host(operation.node)
         self._prefetch_tokens -= operation.num_tokens
 
     def check_prefetch_progress(self, request: SglangRequest) -> bool:

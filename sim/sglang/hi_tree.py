@@ -231,6 +231,12 @@ class HiRadixTree(RadixTree):
             self.storage.backup(node, node.key())
             node.host_ref += 1
 
+    def release_host(self, node: TreeNode) -> None:
+        """A transfer lets go of a node on the host."""
+        node.host_ref -= 1
+        if node.host_ref == 0:
+            self._host_leaves.released(node)
+
     def _await_writes(self) -> None:
         """Wait for all copies (`writing_check(write_back=True)`)."""
         while self._writing:
@@ -306,10 +312,8 @@ class HiRadixTree(RadixTree):
     def evict_host(self, num_tokens: int) -> None:
         """Drop host leaves until at least `num_tokens` are free or none is left."""
         num_freed = 0
-        passed_over: list[TreeNode] = []
         for node in self._host_leaves.drain():
             if node.host_ref > 0:
-                passed_over.append(node)
                 continue
             num_freed += node.length
             self.host.free(node.length)
@@ -325,7 +329,6 @@ class HiRadixTree(RadixTree):
                 self._host_leaves.join(parent)
             if num_freed >= num_tokens:
                 break
-        self._host_leaves.put_back(passed_over)
         self.observer.evicted_host(num_tokens, num_freed)
 
     # -- host to device

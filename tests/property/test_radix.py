@@ -166,7 +166,7 @@ def test_levels_conserve_tokens_and_never_drop_what_is_held(
         tree.check_writes()
         tree.check_loads()
         for node in tree.storage.messages.backed_up:
-            node.host_ref -= 1
+            tree.release_host(node)
         tree.storage.messages.backed_up.clear()
         matched, node, host_hit, host_node = tree.match_path(key, num_tokens(key))
         assert matched == node.end and matched + host_hit >= host_node.end
