@@ -35,7 +35,7 @@ class Checked(OracleLog):  # type: ignore[misc]  # Any: found beside the oracle'
     """Writes everything down, and checks the invariants whenever the scheduler has decided."""
 
     def __init__(self, config: SglangConfig, requests: Sequence[SglangRequest]) -> None:
-        super().__init__(CacheLog(levels=False))
+        super().__init__(CacheLog(levels=config.enable_hierarchical_cache, now_ns=lambda: self.now_ns))
         self._config, self._requests = config, requests
         self.last_end_ns = 0
 
@@ -109,8 +109,9 @@ def test_everything_is_served_and_given_back(data: st.DataObject) -> None:
     pool, cache = engine.scheduler.pool, engine.scheduler.cache
     assert all(request.num_outputs == request.max_new_tokens for request in requests)
     assert all(0 <= request.num_cached_tokens < request.num_prompt_tokens for request in requests)
-    assert pool.available + cache.evictable_size() == pool.size
-    assert cache.protected_size() == 0
+    assert pool.available + cache.evictable_size() + cache.protected_size() == pool.size
+    # A copy's lock is taken off when the next prefill is tried, so the last ones stay.
+    assert config.enable_hierarchical_cache or cache.protected_size() == 0
 
 
 @settings(max_examples=100)
