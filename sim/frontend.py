@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Protocol, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from kvtwin.sim.latency.host import HostTime
-from kvtwin.sim.request import Request
 
 
-def at_the_engine(requests: Iterable[Request], host: HostTime) -> list[Request]:
+class _Arrival(Protocol):
+    """A request of any engine."""
+
+    arrival_ns: int
+    num_prompt_tokens: int
+
+
+AnyRequest = TypeVar("AnyRequest", bound=_Arrival)
+
+
+def at_the_engine(requests: Iterable[AnyRequest], host: HostTime) -> list[AnyRequest]:
     """Delay each request by its way through the frontend; returns them in the order in which the engine gets them."""
     delayed = list(requests)
     for request in delayed:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from kvtwin.sim.frontend import at_the_client, at_the_engine
 from kvtwin.sim.latency.base import LatencyModel
 from kvtwin.sim.latency.host import HostTime
 from kvtwin.sim.sglang.build_cache import build_cache
@@ -47,8 +48,10 @@ def simulate_sglang(
     recorder = Recorder(len(requests), record_steps=record_steps)
     engine = build_engine(config, latency, host, observer=recorder, plain=plain)
     recorder.scheduler = engine.scheduler
-    engine.run(sorted(requests, key=lambda request: request.arrival_ns))
+    engine.run(at_the_engine(requests, host or HostTime()))
     core_s = time.perf_counter() - started
+    tables = recorder.tables(workload.requests, requests)
+    tables["requests"] = at_the_client(tables["requests"], host or HostTime())
     info = RunInfo(
         kind="simulated",
         engine=f"sglang {config.version} (rules of {rules_version(config.version)})",
@@ -59,7 +62,7 @@ def simulate_sglang(
         source=dict(source or {}),
         metrics={"num_steps": engine.num_steps, "core_s": round(core_s, 6)},
     )
-    return Run(info, recorder.tables(workload.requests, requests), name="the simulated run")
+    return Run(info, tables, name="the simulated run")
 
 
 def build_engine(
