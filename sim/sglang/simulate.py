@@ -12,6 +12,7 @@ from kvtwin.sim.frontend import at_the_client, at_the_engine
 from kvtwin.sim.latency.base import LatencyModel
 from kvtwin.sim.latency.host import HostTime
 from kvtwin.sim.sglang.build_cache import build_cache
+from kvtwin.sim.sglang.cache_record import CacheRecorder
 from kvtwin.sim.sglang.clock import Clock
 from kvtwin.sim.sglang.config import SglangConfig, rules_version
 from kvtwin.sim.sglang.engine import Observer, SglangEngine
@@ -32,6 +33,7 @@ def simulate_sglang(
     host: HostTime | None = None,
     *,
     record_steps: bool = True,
+    record_cache: bool = False,
     plain: bool = False,
     source: Mapping[str, Any] | None = None,
 ) -> Run:
@@ -48,9 +50,14 @@ def simulate_sglang(
     recorder = Recorder(len(requests), record_steps=record_steps)
     engine = build_engine(config, latency, host, observer=recorder, plain=plain)
     recorder.scheduler = engine.scheduler
+    cache_recorder = CacheRecorder(engine.clock)
+    if record_cache and not config.disable_radix_cache:
+        engine.scheduler.cache.observer = cache_recorder
     engine.run(at_the_engine(requests, host or HostTime()))
     core_s = time.perf_counter() - started
     tables = recorder.tables(workload.requests, requests)
+    if record_cache:
+        tables["cache"] = cache_recorder.table(requests, tables["requests"].column("scheduled_ns").to_pylist())
     tables["requests"] = at_the_client(tables["requests"], host or HostTime())
     info = RunInfo(
         kind="simulated",
