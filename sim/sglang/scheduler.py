@@ -97,7 +97,16 @@ class SglangScheduler:
         request.queue_entry = self._num_entries
 
     def note_idle(self) -> None:
-        """Nothing ran (`self_check_during_idle`)."""
+        """Nothing ran (`self_check_during_idle`).
+
+        Raises:
+            UpstreamStopError: slots are neither free nor cached, as write_back of 0.5.6 can leave them.
+        """
+        free, cached = self.pool.available, self.cache.evictable_size() + self.cache.protected_size()
+        if free + cached != self.pool.size:
+            raise UpstreamStopError(
+                f"memory leak detected: {free} free and {cached} cached of {self.pool.size} tokens: SGLang stops here"
+            )
         self.new_token_ratio = self.init_ratio
 
     def next_batch(self) -> Batch | None:
