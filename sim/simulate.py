@@ -6,16 +6,17 @@ import dataclasses
 import resource
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from kvtwin.sim.config import VllmConfig, rules_version
-from kvtwin.sim.engine import Engine
 from kvtwin.sim.latency.base import LatencyModel
 from kvtwin.sim.latency.host import HostTime
-from kvtwin.sim.request import Request
+from kvtwin.sim.vllm.engine import Engine
+from kvtwin.sim.vllm.request import IntArray, RequestBook
 from kvtwin.traces.errors import InputError
 from kvtwin.traces.run import Run, RunInfo
 from kvtwin.traces.workload import prefix_blocks
@@ -50,7 +51,7 @@ def simulate(
     engine = Engine(config, latency, host, record_steps=record_steps, plain=plain)
     times = engine.run(requests)
     core_s = time.perf_counter() - started
-    tables = {"requests": times.table(workload.requests, requests)}
+    tables = {"requests": times.table(workload.requests)}
     if record_steps:
         tables["steps"] = engine.steps()
     info = RunInfo(
@@ -66,53 +67,48 @@ def simulate(
     return Run(info, tables, name="the simulated run")
 
 
-def build_requests(workload: Run, config: VllmConfig) -> list[Request]:
+def build_requests(workload: Run, config: VllmConfig) -> RequestBook:
     """The engine's view of a workload's requests, in order of arrival.
 
     Raises:
         InputError: prompt plus output longer than max_model_len; names the row.
     """
     table = workload.requests
-    inputs, outputs = (table.column(name).to_pylist() for name in ("input_tokens", "output_tokens"))
+    inputs, outputs = (table.column(name).to_numpy() for name in ("input_tokens", "output_tokens"))
     _refuse_too_long(inputs, outputs, config, workload)
-    keys, own_base = _prefix_keys(workload, config)
-    requests = []
-    columns = (table.column(name).to_pylist() for name in ("request_id", "arrival_ns", "priority"))
-    for row, (name, arrival_ns, priority) in enumerate(zip(*columns, strict=True)):
-        requests.append(
-            Request(
-                row=row,
-                request_id=name,
-                arrival_ns=arrival_ns,
-                num_prompt_tokens=inputs[row],
-                max_tokens=outputs[row],
-                priority=priority or 0,
-                prefix_keys=keys[row],
-                own_key_base=own_base,
-            )
+    keys, num_shared_keys = _prefix_keys(workload, config)
+    priority = table.column("priority").fill_null(0)
+    return RequestBook(
+        request_ids=table.column("request_id").to_pylist(),
+        arrival_ns=table.column("arrival_ns").to_numpy().tolist(),
+        num_prompt_tokens=inputs.tolist(),
+        max_tokens=outputs.tolist(),
+        priority=priority.to_numpy().tolist(),
+        prefix_keys=keys,
+        num_shared_keys=num_shared_keys,
+        block_size=config.block_size,
+    )
+
+
+def _refuse_too_long(inputs: IntArray, outputs: IntArray, config: VllmConfig, workload: Run) -> None:
+    too_long = np.flatnonzero(inputs + outputs > config.max_model_len)
+    if len(too_long):
+        row = int(too_long[0])
+        raise InputError(
+            f"{inputs[row]} + {outputs[row]} tokens: longer than max_model_len ({config.max_model_len})",
+            path=workload.path,
+            row=row,
+            column="input_tokens",
         )
-        own_base += (inputs[row] + outputs[row]) // config.block_size + 1
-    return requests
 
 
-def _refuse_too_long(inputs: Sequence[int], outputs: Sequence[int], config: VllmConfig, workload: Run) -> None:
-    for row, (prompt, output) in enumerate(zip(inputs, outputs, strict=True)):
-        if prompt + output > config.max_model_len:
-            raise InputError(
-                f"{prompt} + {output} tokens: longer than max_model_len ({config.max_model_len})",
-                path=workload.path,
-                row=row,
-                column="input_tokens",
-            )
-
-
-def _prefix_keys(workload: Run, config: VllmConfig) -> tuple[list[list[int]], int]:
-    """Names of each request's full prompt blocks, and the first number that is not a name of these."""
+def _prefix_keys(workload: Run, config: VllmConfig) -> tuple[list[IntArray] | None, int]:
+    """Names of each request's full prompt blocks, and how many there are; None if there are none."""
     if not config.enable_prefix_caching:
-        return [[] for _ in range(workload.requests.num_rows)], 0
+        return None, 0
     blocks = prefix_blocks(workload.requests, workload.info.hash_block_tokens, config.block_size)
-    unused = 1 + max((int(ids.max()) for ids in blocks if len(ids)), default=-1)
-    return [ids.tolist() for ids in blocks], unused
+    count = 1 + max((int(ids.max()) for ids in blocks if len(ids)), default=-1)
+    return (blocks, count) if count else (None, 0)
 
 
 def with_metrics(run: Run, **metrics: float) -> Run:

@@ -1,0 +1,542 @@
+"""The engine's loop from event to event: cost grows with requests, not with tokens or batch size.
+
+Between events (an arrival, an admission, a prompt chunk, a finish, a block shortage) the same requests decode one
+token each at every step. Nobody is looked at then:
+
+- a running request is a base (its cache_len at step s is base + s) and the step of its last token, a key in a heap;
+- the sums over the batch that latency depends on move by a closed form, which prices a stretch of steps at once;
+- how many requests need a block at a step depends on the step modulo the block size (`block_tables.py`);
+- the same closed form says after which step the next arrival is seen.
+
+`PlainLoop` is the specification: both give the same run bit for bit, whatever the workload (tests/property). What is
+rare is left to it: `run` returns, and `handover.py` carries the state over, when a step would preempt, when prompts
+are cut by `long_prefill_token_threshold`, or when the batch is larger than the token budget.
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_right
+from dataclasses import dataclass, field, replace
+from heapq import heappop, heappush
+
+from kvtwin.sim.config import VllmConfig
+from kvtwin.sim.latency.host import HostTime
+from kvtwin.sim.latency.pricing import Durations, Pricer
+from kvtwin.sim.recorder import UNKNOWN, RequestTimes, StepLog, StepRows
+from kvtwin.sim.vllm.block_pool import Pool
+from kvtwin.sim.vllm.block_tables import BlockTables
+from kvtwin.sim.vllm.queues import WaitingQueue
+from kvtwin.sim.vllm.request import RequestBook
+from kvtwin.traces.errors import KvtwinError
+
+_NEVER_NS = 1 << 62
+_PLACE_BITS = 40  # of a heap key: the request's place in the order of admission
+_PLACE_MASK = (1 << _PLACE_BITS) - 1
+
+
+@dataclass(slots=True)
+class Partial:
+    """The running request whose prompt is not computed yet; there is never more than one, the last one admitted."""
+
+    place: int
+    row: int
+    num_computed: int
+    num_tokens: int  # to compute before its next token is sampled
+    num_left: int  # output tokens still to sample
+
+
+@dataclass(slots=True)
+class Chunk:
+    """A prompt chunk in a batch."""
+
+    place: int
+    row: int
+    cache_len: int
+    num_tokens: int
+
+
+@dataclass(slots=True)
+class Batch:
+    """A scheduled batch whose tokens have not been taken in yet.
+
+    Attributes:
+        first_rows: requests whose prompt it completes.
+        last_places: places of the requests whose last token it samples, in the order of the running list.
+        chunks: its prompt chunks.
+        rows: what the log will hold of it; None if nothing is recorded.
+    """
+
+    sched_ns: int
+    start_ns: int
+    end_ns: int
+    num_reqs: int
+    chunks: list[Chunk] = field(default_factory=list)
+    first_rows: list[int] = field(default_factory=list)
+    last_places: list[int] = field(default_factory=list)
+    rows: StepRows | None = None
+
+    def chunk_of(self, place: int) -> Chunk | None:
+        """The prompt chunk of the request at `place`, if it has one in the batch."""
+        return next((chunk for chunk in self.chunks if chunk.place == place), None)
+
+
+class JumpLoop:
+    """Serves requests from event to event, until all is served or something rare comes up.
+
+    Args:
+        config: the engine's settings.
+        requests: the workload.
+        waiting: the waiting queue, shared with the plain loop.
+        blocks: KV blocks of the running requests.
+        pool: where they come from, for the counts in the log.
+        pricer: how long the model runs for a batch.
+        host: time between steps.
+        times: where the requests' time stamps go.
+        log: where the steps go; None to keep none.
+    """
+
+    def __init__(
+        self,
+        config: VllmConfig,
+        requests: RequestBook,
+        waiting: WaitingQueue,
+        blocks: BlockTables,
+        pool: Pool,
+        pricer: Pricer,
+        host: HostTime,
+        times: RequestTimes,
+        log: StepLog | None,
+    ) -> None:
+        self._requests, self._waiting, self._blocks, self._pool = requests, waiting, blocks, pool
+        self._pricer, self._host, self._times, self._log = pricer, host, times, log
+        self._arrivals_overtake = config.policy != "fcfs"
+        self.records_steps = log is not None
+        self._asynchronous = config.async_scheduling
+        self._max_num_seqs, self._max_tokens = config.max_num_seqs, config.max_num_batched_tokens
+        self._cuts_prompts = config.long_prefill_token_threshold > 0
+        self.now_ns = self.device_free_ns = self.num_steps = self.num_arrived = 0
+        self._next_arrival_ns = requests.arrival_ns[0] if len(requests) else _NEVER_NS
+        # Running requests, by place: the n-th admission has place n.
+        self.row_at = array("q")
+        self.base_at = array("q")
+        self.ends: list[int] = []  # decodes: heap of (step of the last token) << _PLACE_BITS | place
+        self.partial: Partial | None = None
+        self.pending: Batch | None = None  # asynchronous scheduling: the batch in flight
+        self.num_running = 0
+        # Sums over the decodes of the next step.
+        self.num_decode = self._context = self._context_sq = 0
+        self._longest: list[int] = []  # heap of -base << _PLACE_BITS | place; left ones are dropped when seen
+        self._left: set[int] = set()
+        self._head_blocked = False  # the head of the waiting queue did not fit, and nothing was freed since
+
+    # --- state, for handover.py ------------------------------------------------------------------------------------
+
+    def running_places(self) -> list[int]:
+        """Places of the running requests, in the order of the running list."""
+        places = [key & _PLACE_MASK for key in self.ends]
+        if self.pending:
+            places += self.pending.last_places
+        if self.partial:
+            places.append(self.partial.place)
+        return sorted(places)
+
+    def num_steps_left(self, place: int) -> int:
+        """Steps that a decode still has to be scheduled for."""
+        end = next((key >> _PLACE_BITS for key in self.ends if key & _PLACE_MASK == place), self.num_steps - 1)
+        return end - self.num_steps + 1
+
+    def clear(self) -> None:
+        """Nobody runs any more: the plain loop has taken over."""
+        for key in self.ends:
+            place = key & _PLACE_MASK
+            self._blocks.leave(self.row_at[place], self.base_at[place])
+        self.ends, self._longest, self._left = [], [], set()
+        self.partial = self.pending = None
+        self.num_running = self.num_decode = self._context = self._context_sq = 0
+
+    def resume(self, now_ns: int, device_free_ns: int, num_steps: int, num_arrived: int) -> None:
+        """Set the clock to where the plain loop stopped."""
+        self.now_ns, self.device_free_ns = now_ns, device_free_ns
+        self.num_steps, self.num_arrived = num_steps, num_arrived
+        arrival_ns = self._requests.arrival_ns
+        self._next_arrival_ns = arrival_ns[num_arrived] if num_arrived < len(arrival_ns) else _NEVER_NS
+        self._head_blocked = False
+
+    def take_place(self, row: int) -> int:
+        """The next place in the running list."""
+        self.row_at.append(row)
+        self.base_at.append(0)
+        self.num_running += 1
+        return len(self.row_at) - 1
+
+    def run(self) -> bool:
+        """True when everything is served; False when the plain loop must take the next step.
+
+        Raises:
+            KvtwinError: a waiting request can never be scheduled.
+        """
+        asynchronous = self._asynchronous
+        while True:
+            if self.now_ns >= self._next_arrival_ns:
+                self._take_arrivals()
+            pending = self.pending
+            tries = self._waiting and not self._head_blocked and self.num_running < self._max_num_seqs
+            if self.partial or tries or (asynchronous and (not pending or pending.last_places)):
+                if tries and self._cuts_prompts:
+                    return False
+                if not (self.num_running or tries):
+                    if not self._wait():
+                        return True
+                elif not self._step():
+                    return False
+            elif self.num_decode:
+                if not self._stretch():
+                    return False
+            elif not self._wait():
+                return True
+
+    def _take_arrivals(self) -> None:
+        arrival_ns, first = self._requests.arrival_ns, self.num_arrived
+        last = self.num_arrived = bisect_right(arrival_ns, self.now_ns, first)
+        for row in range(first, last):
+            self._times.queued[row] = self.now_ns
+        self._waiting.extend(range(first, last))
+        self._next_arrival_ns = arrival_ns[last] if last < len(arrival_ns) else _NEVER_NS
+        if self._arrivals_overtake:
+            self._head_blocked = False
+
+    def _wait(self) -> bool:
+        """Nothing can run: move the clock to the next arrival; False when everything is done."""
+        if self._next_arrival_ns == _NEVER_NS:
+            if self._waiting:
+                raise KvtwinError("waiting requests can never be scheduled: the KV cache is too small for them")
+            return False
+        self.now_ns = max(self.now_ns, self._next_arrival_ns)
+        return True
+
+    # --- one step --------------------------------------------------------------------------------------------------
+
+    def _step(self) -> bool:
+        """One turn of the loop with whatever the scheduler decides; False if a request would be preempted."""
+        num_decode, partial = self.num_decode, self.partial
+        budget = self._max_tokens - num_decode
+        if budget <= 0:
+            return False
+        chunk = min(partial.num_tokens - partial.num_computed, budget) if partial else 0
+        if not self._fits(chunk):
+            return False
+        num_evicted = self._pool.num_evicted
+        if num_decode:
+            self._blocks.grow(self.num_steps, 1, num_decode)
+        chunks: list[Chunk] = []
+        ready: list[Partial] = []
+        if partial:
+            self._continue(partial, chunk, chunks, ready)
+        if self._waiting and not self._head_blocked:
+            self._admit(budget - chunk, chunks, ready)
+        batch = None
+        if num_decode or chunks:
+            batch = self._launch(chunks)
+            if self._log is not None:
+                batch.rows = self._rows(batch, self._pool.num_evicted - num_evicted)
+            self._advance(batch, ready)
+        if self._asynchronous:
+            batch, self.pending = self.pending, batch
+        if batch:
+            self._update(batch)
+        return True
+
+    def _fits(self, chunk: int) -> bool:
+        """Whether nobody needs to be preempted for a step with a chunk of `chunk` tokens of the partial prompt."""
+        free, partial = self._pool.num_free, self.partial
+        if partial:
+            free -= self._blocks.num_missing(partial.num_computed, chunk)
+        # At most one block per decode at a step.
+        return self.num_decode <= free or (free >= 0 and self._blocks.num_crossing(self.num_steps) <= free)
+
+    def _continue(self, partial: Partial, chunk: int, chunks: list[Chunk], ready: list[Partial]) -> None:
+        self._blocks.extend(partial.row, partial.num_computed, chunk)
+        chunks.append(Chunk(partial.place, partial.row, partial.num_computed, chunk))
+        partial.num_computed += chunk
+        if partial.num_computed == partial.num_tokens:
+            ready.append(partial)
+            self.partial = None
+
+    def _admit(self, budget: int, chunks: list[Chunk], ready: list[Partial]) -> None:
+        """Admit waiting requests while the budget lasts; appends to `chunks`, and to `ready` whose prompt is done."""
+        waiting, times, requests = self._waiting, self._times, self._requests
+        while waiting and budget > 0 and self.num_running < self._max_num_seqs:
+            row = waiting.peek()
+            started = requests.started(row)
+            num_outputs = started.num_output_tokens if started is not None else 0
+            num_tokens = requests.num_prompt_tokens[row] + num_outputs
+            admission = self._blocks.admit(row, num_tokens, budget, beside_others=self.num_running > 0)
+            if admission is None:
+                # With part of the budget taken by others it may be that, and the next step has it again.
+                self._head_blocked = not chunks
+                return
+            waiting.pop()
+            cached, chunk = admission
+            place = self.take_place(row)
+            budget -= chunk
+            chunks.append(Chunk(place, row, cached, chunk))
+            partial = Partial(place, row, cached + chunk, num_tokens, requests.max_tokens[row] - num_outputs)
+            if cached + chunk == num_tokens:
+                ready.append(partial)
+            else:
+                self.partial = partial
+            if times.scheduled[row] == UNKNOWN:
+                times.scheduled[row] = self.now_ns
+                times.cached[row] = cached
+
+    def _launch(self, chunks: list[Chunk]) -> Batch:
+        """Price the step and give it its place on the device."""
+        num_decode, context, context_sq = self.num_decode, self._context, self._context_sq
+        longest = self._longest_context()
+        num_prefill = tokens = prefix = pairs = tokens_sq = 0
+        for chunk in chunks:
+            cache_len, count = chunk.cache_len, chunk.num_tokens
+            if count == 1:
+                num_decode += 1
+                context += cache_len
+                context_sq += cache_len * cache_len
+                longest = max(longest, cache_len)
+            else:
+                num_prefill += 1
+                tokens += count
+                prefix += cache_len
+                pairs += count * cache_len + count * (count + 1) // 2
+                tokens_sq += count * count
+        row = (num_decode, context, context_sq, longest, num_prefill, tokens, prefix, pairs, tokens_sq)
+        duration_ns = self._pricer.step_ns(row, self.num_steps)
+        sched_ns, num_reqs = self.now_ns, num_decode + num_prefill
+        now_ns = self.now_ns = sched_ns + self._host.schedule(num_reqs)
+        start_ns = self.device_free_ns
+        if now_ns > start_ns:
+            start_ns = now_ns
+        end_ns = start_ns + duration_ns
+        self.device_free_ns = end_ns + self._host.gap_ns
+        return Batch(sched_ns, start_ns, end_ns, num_reqs, chunks)
+
+    def _longest_context(self) -> int:
+        """Largest cache_len among the decodes of the next step; 0 if the latency model does not look at it."""
+        heap, left = self._longest, self._left
+        while heap and heap[0] & _PLACE_MASK in left:
+            left.discard(heappop(heap) & _PLACE_MASK)
+        return self.num_steps - (heap[0] >> _PLACE_BITS) if heap else 0
+
+    def _advance(self, batch: Batch, ready: list[Partial]) -> None:
+        """Every decode is one token further; those at their end leave the decodes, those with a prompt done join."""
+        step = self.num_steps
+        self._context_sq += 2 * self._context + self.num_decode
+        self._context += self.num_decode
+        self.num_steps = step + 1
+        ends = self.ends
+        if ends and ends[0] >> _PLACE_BITS == step:
+            batch.last_places = self._leave(step)
+        for partial in ready:
+            batch.first_rows.append(partial.row)
+            if partial.num_left == 1:
+                batch.last_places.append(partial.place)
+                self._head_blocked = False
+            else:
+                self.join(partial.place, partial.row, partial.num_tokens - step - 1, step + partial.num_left - 1)
+
+    def join(self, place: int, row: int, base: int, end: int) -> None:
+        """A request decodes from the next step on, to the step `end`."""
+        self.base_at[place] = base
+        heappush(self.ends, end << _PLACE_BITS | place)
+        cache_len = base + self.num_steps
+        self.num_decode += 1
+        self._context += cache_len
+        self._context_sq += cache_len * cache_len
+        self._blocks.join(row, base)
+        if self._pricer.needs_spread:
+            heappush(self._longest, -base << _PLACE_BITS | place)
+
+    def _leave(self, step: int) -> list[int]:
+        """Those whose last token the step samples leave the decodes; their places, in order."""
+        ends, places = self.ends, []
+        while ends and ends[0] >> _PLACE_BITS == step:
+            place = heappop(ends) & _PLACE_MASK
+            base = self.base_at[place]
+            cache_len = base + self.num_steps
+            self.num_decode -= 1
+            self._context -= cache_len
+            self._context_sq -= cache_len * cache_len
+            self._blocks.leave(self.row_at[place], base)
+            if self._pricer.needs_spread:
+                self._left.add(place)
+            places.append(place)
+        self._head_blocked = False  # a smaller batch leaves more of the budget
+        return places
+
+    def _update(self, batch: Batch) -> None:
+        """The batch has run: its tokens are known."""
+        self.now_ns = max(self.now_ns, batch.end_ns) + self._host.update(batch.num_reqs)
+        self._take_in(batch)
+
+    def _take_in(self, batch: Batch) -> None:
+        """Note what a batch's tokens mean; the clock stands where they are known."""
+        now_ns, times = self.now_ns, self._times
+        if batch.rows is not None:
+            self._write(batch, batch.rows)
+        for row in batch.first_rows:
+            if times.first_token[row] == UNKNOWN:
+                times.first_token[row] = now_ns
+        if batch.last_places:
+            self._finish(batch.last_places)
+
+    def _finish(self, places: list[int]) -> None:
+        for place in places:
+            row = self.row_at[place]
+            self._times.finish[row] = self.now_ns
+            self._blocks.release(row)
+            self._requests.drop(row)
+        self.num_running -= len(places)
+        self._head_blocked = False
+
+    # --- many steps ------------------------------------------------------------------------------------------------
+
+    def _stretch(self) -> bool:
+        """Decode until somebody is at the end, blocks run short, or an arrival is seen; False if a request would be
+        preempted at once."""
+        step, num_decode = self.num_steps, self.num_decode
+        most = (self.ends[0] >> _PLACE_BITS) - step + 1
+        most = self._blocks.num_steps_that_fit(step, num_decode, most)
+        if not most:
+            return False
+        longest = self._longest_context()
+        durations = self._pricer.stretch(num_decode, self._context, self._context_sq, longest, most, step)
+        most = min(most, durations.num_steps)
+        before = (self.now_ns, self.device_free_ns)
+        pending = self.pending
+        count = self._run_clock(durations, most, pending) if pending else self._run_synchronous_clock(durations, most)
+        if self._log is None:
+            self._blocks.grow(step, count, num_decode)
+        else:
+            self._log_stretch(durations.list_ns(count).tolist(), *before, pending)
+        self._context_sq += count * (2 * self._context + count * num_decode)
+        self._context += count * num_decode
+        self.num_steps = step + count
+        last_step = step + count - 1
+        if self.ends[0] >> _PLACE_BITS == last_step:
+            places = self._leave(last_step)
+            if self.pending:
+                self.pending.last_places = places
+            else:
+                self._finish(places)
+        return True
+
+    def _run_synchronous_clock(self, durations: Durations, most: int) -> int:
+        """Run the clock over at most `most` steps, to the first after which an arrival is seen; returns how many."""
+        host, num_decode = self._host, self.num_decode
+        schedule_ns, update_ns = host.schedule(num_decode), host.update(num_decode)
+        start_ns = max(self.now_ns + schedule_ns, self.device_free_ns)
+        between_ns = max(update_ns + schedule_ns, host.gap_ns)  # from one step's end to the next one's start
+        until_ns = self._next_arrival_ns - update_ns - start_ns
+        count = most if self._next_arrival_ns == _NEVER_NS else durations.reach(until_ns + between_ns, between_ns, most)
+        end_ns = start_ns + durations.total_ns(count) + (count - 1) * between_ns
+        self.now_ns = end_ns + update_ns
+        self.device_free_ns = end_ns + host.gap_ns
+        return count
+
+    def _run_clock(self, durations: Durations, most: int, pending: Batch) -> int:
+        """The same under asynchronous scheduling: each step starts when the device is free, and the host takes in the
+        step before it meanwhile. The last step is in flight afterwards."""
+        host, num_decode = self._host, self.num_decode
+        schedule_ns, update_ns, gap_ns = host.schedule(num_decode), host.update(num_decode), host.gap_ns
+        start_ns = max(self.now_ns + schedule_ns, self.device_free_ns)
+        # After the first turn the host has taken in what was in flight, after turn m the stretch's step m - 2.
+        first_now_ns = max(self.now_ns + schedule_ns, pending.end_ns) + host.update(pending.num_reqs)
+        count = most
+        if most > 1 and (
+            first_now_ns + schedule_ns > start_ns + durations.total_ns(1)
+            or durations.least_ns + gap_ns < update_ns + schedule_ns
+        ):
+            count = 1  # the host is the slower one: step by step
+        elif first_now_ns >= self._next_arrival_ns:
+            count = 1
+        elif most > 1 and self._next_arrival_ns != _NEVER_NS:
+            until_ns = self._next_arrival_ns - update_ns - start_ns
+            count = 1 + durations.reach(until_ns + gap_ns, gap_ns, most - 1)
+
+        def now_after(turns: int) -> int:
+            if turns < 2:
+                return first_now_ns if turns else self_now_ns
+            return start_ns + durations.total_ns(turns - 1) + (turns - 2) * gap_ns + update_ns
+
+        self_now_ns = self.now_ns
+        sched_ns = now_after(count - 1)
+        end_ns = start_ns + durations.total_ns(count) + (count - 1) * gap_ns
+        last_start_ns = start_ns + durations.total_ns(count - 1) + (count - 1) * gap_ns
+        self.now_ns = first_now_ns
+        self._take_in(pending)
+        self.now_ns = now_after(count)
+        self.device_free_ns = end_ns + gap_ns
+        self.pending = Batch(sched_ns, last_start_ns, end_ns, num_decode)
+        return count
+
+    # --- the log ---------------------------------------------------------------------------------------------------
+
+    def _rows(self, batch: Batch, num_evicted: int) -> StepRows:
+        """What the log will hold of a step; called after schedule() and before the decodes move on."""
+        places = sorted(key & _PLACE_MASK for key in self.ends)
+        return StepRows(
+            requests=[self.row_at[place] for place in places] + [chunk.row for chunk in batch.chunks],
+            cache_lens=[self.base_at[place] + self.num_steps for place in places]
+            + [chunk.cache_len for chunk in batch.chunks],
+            input_lens=[1] * len(places) + [chunk.num_tokens for chunk in batch.chunks],
+            preempted=(),
+            finished=(),
+            num_waiting=len(self._waiting),
+            num_running=self.num_running,
+            num_free_blocks=[self._pool.num_free],
+            num_evicted_blocks=[num_evicted],
+            times_ns=[(batch.sched_ns, batch.start_ns, batch.end_ns, UNKNOWN)],
+        )
+
+    def _write(self, batch: Batch, rows: StepRows) -> None:
+        assert self._log is not None
+        finished = [self.row_at[place] for place in batch.last_places]
+        times_ns = [(batch.sched_ns, batch.start_ns, batch.end_ns, self.now_ns)]
+        self._log.add(replace(rows, finished=finished, times_ns=times_ns))
+
+    def _log_stretch(self, durations_ns: list[int], now_ns: int, free_ns: int, pending: Batch | None) -> None:
+        """Log a stretch and give its steps their blocks, one by one; the clock has moved on already."""
+        assert self._log is not None
+        host, num_decode = self._host, self.num_decode
+        times_ns, known_ns, free, evicted = [], [], [], []
+        oldest_end_ns = pending.end_ns if pending else None
+        update_ns = host.update(pending.num_reqs if pending else num_decode)
+        first = self._rows(Batch(0, 0, 0, num_decode), 0)
+        for ahead, duration_ns in enumerate(durations_ns):
+            num_evicted = self._pool.num_evicted
+            self._blocks.grow(self.num_steps + ahead, 1, num_decode)
+            free.append(self._pool.num_free)
+            evicted.append(self._pool.num_evicted - num_evicted)
+            sched_ns = now_ns
+            now_ns += host.schedule(num_decode)
+            start_ns = max(now_ns, free_ns)
+            end_ns = start_ns + duration_ns
+            free_ns = end_ns + host.gap_ns
+            now_ns = max(now_ns, end_ns if oldest_end_ns is None else oldest_end_ns) + update_ns
+            update_ns = host.update(num_decode)
+            oldest_end_ns = None if oldest_end_ns is None else end_ns
+            times_ns.append((sched_ns, start_ns, end_ns))
+            known_ns.append(now_ns)
+        assert (now_ns, free_ns) == (self.now_ns, self.device_free_ns)
+        known_ns = [*known_ns[1:], UNKNOWN] if pending else known_ns
+        stamps = [(*times, known) for times, known in zip(times_ns, known_ns, strict=True)]
+        rows = replace(first, num_free_blocks=free, num_evicted_blocks=evicted, times_ns=stamps)
+        # The last step may finish requests, and under asynchronous scheduling it is still in flight.
+        if len(stamps) > 1:
+            self._log.add(rows.head(len(stamps) - 1))
+        last = rows.last()
+        if self.pending:
+            self.pending.rows = last
+        else:
+            last_step = self.num_steps + len(stamps) - 1
+            finished = sorted(key & _PLACE_MASK for key in self.ends if key >> _PLACE_BITS == last_step)
+            self._log.add(replace(last, finished=[self.row_at[place] for place in finished]))
