@@ -10,8 +10,8 @@ without looking at single steps; any other model prices the stretch with one vec
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from math import sqrt
 from typing import Protocol
 
 import numpy as np
@@ -25,6 +25,8 @@ MAX_PRICED = 128  # most steps priced in one call: what an event cuts off was pr
 
 class Durations(Protocol):
     """How long the steps of a stretch take, in ns; counts are of steps from its start.
+
+    Valid until the next stretch is priced.
 
     Attributes:
         num_steps: how many steps are known; asking for more is a fault.
@@ -42,6 +44,9 @@ class Durations(Protocol):
 
     def reach(self, time_ns: int, gap_ns: int, most: int) -> int:
         """Fewest steps, at least 1 and at most `most`, whose durations, each plus `gap_ns`, reach `time_ns`."""
+
+    def last_ns(self, count: int) -> int:
+        """The `count`-th duration, counted from 1."""
 
     def list_ns(self, count: int) -> IntArray:
         """The first `count` durations."""
@@ -77,19 +82,24 @@ class Progression:
 
     def reach(self, time_ns: int, gap_ns: int, most: int) -> int:
         """See `Durations`: the root of a quadratic, guessed in floats and settled in integers."""
+        if time_ns <= 0:
+            return 1
         each, slope = self.least_ns + gap_ns, self.slope_ns
+        # The stable form of the positive root of slope/2 m^2 + (each - slope/2) m = time.
         linear = each - 0.5 * slope
-        # The stable form of the positive root of slope/2 m^2 + linear m = time.
-        guess = 2 * time_ns / (linear + math.sqrt(linear * linear + 2 * slope * time_ns)) if time_ns > 0 else 1
-        if guess >= most:
+        count = int(2 * time_ns / (linear + sqrt(linear * linear + 2 * slope * time_ns)))
+        if count >= most:
             count = most
         else:
-            count = max(int(guess), 1)
-            while count < most and count * each + slope * (count * (count - 1) // 2) < time_ns:
+            while count * each + slope * (count * (count - 1) // 2) < time_ns and count < most:
                 count += 1
         while count > 1 and (count - 1) * each + slope * ((count - 1) * (count - 2) // 2) >= time_ns:
             count -= 1
         return count
+
+    def last_ns(self, count: int) -> int:
+        """See `Durations`."""
+        return self.least_ns + (count - 1) * self.slope_ns
 
     def list_ns(self, count: int) -> IntArray:
         """See `Durations`."""
@@ -122,6 +132,10 @@ class Listed:
             sums = sums + gap_ns * np.arange(1, len(sums) + 1)
         return min(int(np.searchsorted(sums, time_ns)) + 1, most)
 
+    def last_ns(self, count: int) -> int:
+        """See `Durations`."""
+        return int(self._durations_ns[count - 1])
+
     def list_ns(self, count: int) -> IntArray:
         """See `Durations`."""
         return self._durations_ns[:count]
@@ -130,13 +144,14 @@ class Listed:
 class LinearPricer:
     """Prices of `LinearLatency`, in closed form."""
 
-    __slots__ = ("_base", "_per_context", "_per_decode", "_per_req", "_per_token", "needs_spread")
+    __slots__ = ("_base", "_per_context", "_per_decode", "_per_req", "_per_token", "_progression", "needs_spread")
 
     def __init__(self, model: LinearLatency) -> None:
         self.needs_spread = False
         self._base, self._per_token = model.base_ns, model.per_new_token_ns
         self._per_context, self._per_req = model.per_context_token_ns, model.per_req_ns
         self._per_decode = model.per_new_token_ns + model.per_req_ns
+        self._progression = Progression(1, 0, 0)
 
     def step_ns(self, row: tuple[int, ...], step: int) -> int:  # noqa: ARG002 - the contract's
         """See `Pricer`."""
@@ -148,7 +163,9 @@ class LinearPricer:
         """See `Pricer`."""
         first = self._base + self._per_decode * num_decode + self._per_context * context
         if first >= 1:
-            return Progression(first, self._per_context * num_decode, most)
+            durations = self._progression
+            durations.least_ns, durations.slope_ns, durations.num_steps = first, self._per_context * num_decode, most
+            return durations
         # Free steps: every model's steps take at least 1 ns, so the first may stand out.
         return Listed(np.maximum(self._per_context * num_decode * np.arange(min(most, MAX_PRICED)), 1))
 

@@ -28,7 +28,7 @@ class BlockTables(Protocol):
     def grow(self, step: int, count: int, num_decode: int) -> None:
         """Give the decodes the blocks that they need at `count` steps from `step` on."""
 
-    def admit(self, row: int, num_tokens: int, budget: int, *, beside_others: bool) -> tuple[int, int] | None:
+    def admit(self, row: int, num_tokens: int, budget: int, beside_others: bool) -> tuple[int, int] | None:
         """Admit a waiting request with `num_tokens` known tokens: (cached tokens, new tokens); None if it must wait."""
 
     def num_crossing(self, step: int) -> int:
@@ -73,15 +73,6 @@ class CountedBlocks:
         # How many decodes need a block at the steps with each remainder.
         self._crossing = [0] * config.block_size
 
-    def _num_needed(self, step: int, count: int, num_decode: int) -> int:
-        rounds, rest = divmod(count, self._block_size)
-        first = step % self._block_size
-        last = first + rest
-        if last <= self._block_size:
-            return rounds * num_decode + sum(self._crossing[first:last])
-        # All remainders but those from last - block_size to first.
-        return rounds * num_decode + num_decode - sum(self._crossing[last - self._block_size : first])
-
     def num_steps_that_fit(self, step: int, num_decode: int, most: int) -> int:
         """See `BlockTables`."""
         free, block_size = self._pool.num_free, self._block_size
@@ -102,12 +93,24 @@ class CountedBlocks:
 
     def grow(self, step: int, count: int, num_decode: int) -> None:
         """See `BlockTables`."""
+        block_size, crossing = self._block_size, self._crossing
+        first = step % block_size
         if count == 1:
-            self._pool.num_free -= self._crossing[step % self._block_size]
+            self._pool.num_free -= crossing[first]
+            return
+        needed = 0
+        if count >= block_size:
+            rounds, count = divmod(count, block_size)
+            needed = rounds * num_decode
+        last = first + count
+        if last > block_size:
+            # All remainders but those from last - block_size to first.
+            needed += num_decode - sum(crossing[last - block_size : first])
         else:
-            self._pool.num_free -= self._num_needed(step, count, num_decode)
+            needed += sum(crossing[first:last])
+        self._pool.num_free -= needed
 
-    def admit(self, row: int, num_tokens: int, budget: int, *, beside_others: bool) -> tuple[int, int] | None:  # noqa: ARG002
+    def admit(self, row: int, num_tokens: int, budget: int, beside_others: bool) -> tuple[int, int] | None:  # noqa: ARG002
         """See `BlockTables`."""
         chunk, block_size, pool = num_tokens, self._block_size, self._pool
         if chunk > budget:
@@ -197,7 +200,7 @@ class PooledBlocks:
         for place, row in enumerate(rows):
             self._tables[row].append(blocks[place : place + 1])
 
-    def admit(self, row: int, num_tokens: int, budget: int, *, beside_others: bool) -> tuple[int, int] | None:
+    def admit(self, row: int, num_tokens: int, budget: int, beside_others: bool) -> tuple[int, int] | None:
         """See `BlockTables`."""
         pool, block_size = self._pool, self._block_size
         hits = pool.lookup(self._keys(row, (num_tokens - 1) // block_size)) if self._caching else NO_BLOCKS
@@ -220,7 +223,7 @@ class PooledBlocks:
         return cached, chunk
 
     def _keys(self, row: int, num_blocks: int) -> IntArray:
-        request = self._requests.started(row)
+        request = self._requests.started.get(row)
         if request is not None:
             return request.block_keys(0, num_blocks)
         # Never preempted: nothing that only it could know is cached.

@@ -38,7 +38,7 @@ def _restore(request: Request, jump: JumpLoop, place: int, chunk: Chunk | None) 
     """What the plain loop knows of a running request. `chunk`: its part of the batch in flight, if a prompt's."""
     request.status = Status.RUNNING
     partial, pending = jump.partial, jump.pending
-    request.num_in_flight_tokens = 0 if pending is None else chunk.num_tokens if chunk else 1
+    request.num_in_flight_tokens = 0 if pending is None else chunk[3] if chunk else 1
     if partial and partial.place == place:
         request.num_computed_tokens = partial.num_computed
         request.num_output_tokens = request.max_tokens - partial.num_left
@@ -56,8 +56,8 @@ def _plan(jump: JumpLoop, pending: Batch, running: list[Request], requests: Requ
     cache_lens, input_lens, samples = [], [], []
     for place, request in zip(jump.running_places(), running, strict=True):
         chunk = pending.chunk_of(place)
-        cache_lens.append(chunk.cache_len if chunk else jump.base_at[place] + jump.num_steps - 1)
-        input_lens.append(chunk.num_tokens if chunk else 1)
+        cache_lens.append(chunk[2] if chunk else jump.base_at[place] + jump.num_steps - 1)
+        input_lens.append(chunk[3] if chunk else 1)
         samples.append(chunk is None or request.row in pending.first_rows)
     rows = pending.rows
     return StepPlan(
@@ -85,7 +85,7 @@ def is_calm(plain: PlainLoop, requests: RequestBook, *, cuts_prompts: bool) -> b
         return False
     waiting_in_flight = any(
         request.num_in_flight_tokens or request.num_output_placeholders or request.num_stale_output_tokens
-        for request in requests.all_started()
+        for request in requests.started.values()
         if request.status is Status.WAITING
     )
     if waiting_in_flight or any(request.num_stale_output_tokens for request in running):
@@ -108,7 +108,10 @@ def to_jump(plain: PlainLoop, jump: JumpLoop, blocks: BlockTables) -> None:
     clock = plain.clock
     jump.resume(clock.now_ns, clock.device_free_ns, clock.num_steps, clock.num_arrived)
     in_flight = plain.in_flight.popleft() if plain.in_flight else None
-    batch = Batch(in_flight.sched_ns, in_flight.start_ns, in_flight.end_ns, len(in_flight.plan.requests)) if in_flight else None
+    batch = None
+    if in_flight:
+        num_reqs = len(in_flight.plan.requests)
+        batch = Batch(in_flight.sched_ns, in_flight.start_ns, in_flight.end_ns, num_reqs, [], [], [])
     for index, request in enumerate(plain.scheduler.running):
         place = jump.take_place(request.row)
         blocks.load(request.row, request.blocks, request.num_cached_blocks)
@@ -117,7 +120,7 @@ def to_jump(plain: PlainLoop, jump: JumpLoop, blocks: BlockTables) -> None:
             plan = in_flight.plan
             cache_len, input_len, samples = plan.cache_lens[index], plan.input_lens[index], plan.samples[index]
             if input_len > 1 or not samples or request.num_output_tokens == 0:
-                batch.chunks.append(Chunk(place, request.row, cache_len, input_len))
+                batch.chunks.append((place, request.row, cache_len, input_len))
                 if samples:
                     batch.first_rows.append(request.row)
         if not _decodes(request, plain):

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_right
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 
 from kvtwin.sim.config import VllmConfig
@@ -34,6 +34,11 @@ _NEVER_NS = 1 << 62
 _PLACE_BITS = 40  # of a heap key: the request's place in the order of admission
 _PLACE_MASK = (1 << _PLACE_BITS) - 1
 
+# Plain tuples, because millions are made. A prompt chunk in a batch: place, row, cache_len, new tokens.
+Chunk = tuple[int, int, int, int]
+# A request whose prompt a step completes: place, row, prompt length, output tokens still to sample.
+Ready = tuple[int, int, int, int]
+
 
 @dataclass(slots=True)
 class Partial:
@@ -44,16 +49,6 @@ class Partial:
     num_computed: int
     num_tokens: int  # to compute before its next token is sampled
     num_left: int  # output tokens still to sample
-
-
-@dataclass(slots=True)
-class Chunk:
-    """A prompt chunk in a batch."""
-
-    place: int
-    row: int
-    cache_len: int
-    num_tokens: int
 
 
 @dataclass(slots=True)
@@ -71,14 +66,14 @@ class Batch:
     start_ns: int
     end_ns: int
     num_reqs: int
-    chunks: list[Chunk] = field(default_factory=list)
-    first_rows: list[int] = field(default_factory=list)
-    last_places: list[int] = field(default_factory=list)
+    chunks: list[Chunk]
+    first_rows: list[int]
+    last_places: list[int]
     rows: StepRows | None = None
 
     def chunk_of(self, place: int) -> Chunk | None:
         """The prompt chunk of the request at `place`, if it has one in the batch."""
-        return next((chunk for chunk in self.chunks if chunk.place == place), None)
+        return next((chunk for chunk in self.chunks if chunk[0] == place), None)
 
 
 class JumpLoop:
@@ -110,6 +105,10 @@ class JumpLoop:
     ) -> None:
         self._requests, self._waiting, self._blocks, self._pool = requests, waiting, blocks, pool
         self._pricer, self._host, self._times, self._log = pricer, host, times, log
+        self._started = requests.started
+        self._needs_spread = pricer.needs_spread
+        self._host_takes_time, self._gap_ns = host != HostTime(gap_ns=host.gap_ns), host.gap_ns
+        self._block_size = config.block_size
         self._arrivals_overtake = config.policy != "fcfs"
         self.records_steps = log is not None
         self._asynchronous = config.async_scheduling
@@ -176,12 +175,12 @@ class JumpLoop:
         Raises:
             KvtwinError: a waiting request can never be scheduled.
         """
-        asynchronous = self._asynchronous
+        asynchronous, waiting, max_num_seqs = self._asynchronous, self._waiting, self._max_num_seqs
         while True:
             if self.now_ns >= self._next_arrival_ns:
                 self._take_arrivals()
             pending = self.pending
-            tries = self._waiting and not self._head_blocked and self.num_running < self._max_num_seqs
+            tries = waiting and not self._head_blocked and self.num_running < max_num_seqs
             if self.partial or tries or (asynchronous and (not pending or pending.last_places)):
                 if tries and self._cuts_prompts:
                     return False
@@ -197,11 +196,12 @@ class JumpLoop:
                 return True
 
     def _take_arrivals(self) -> None:
-        arrival_ns, first = self._requests.arrival_ns, self.num_arrived
-        last = self.num_arrived = bisect_right(arrival_ns, self.now_ns, first)
-        for row in range(first, last):
-            self._times.queued[row] = self.now_ns
-        self._waiting.extend(range(first, last))
+        arrival_ns, first, now_ns = self._requests.arrival_ns, self.num_arrived, self.now_ns
+        last = self.num_arrived = bisect_right(arrival_ns, now_ns, first)
+        rows, queued = range(first, last), self._times.queued
+        for row in rows:
+            queued[row] = now_ns
+        self._waiting.extend(rows)
         self._next_arrival_ns = arrival_ns[last] if last < len(arrival_ns) else _NEVER_NS
         if self._arrivals_overtake:
             self._head_blocked = False
@@ -223,14 +223,18 @@ class JumpLoop:
         budget = self._max_tokens - num_decode
         if budget <= 0:
             return False
-        chunk = min(partial.num_tokens - partial.num_computed, budget) if partial else 0
-        if not self._fits(chunk):
+        chunk = 0
+        if partial:
+            chunk = min(partial.num_tokens - partial.num_computed, budget)
+            if not self._fits(partial, chunk):
+                return False
+        elif num_decode > self._pool.num_free and not self._blocks.num_steps_that_fit(self.num_steps, num_decode, 1):
             return False
         num_evicted = self._pool.num_evicted
         if num_decode:
             self._blocks.grow(self.num_steps, 1, num_decode)
         chunks: list[Chunk] = []
-        ready: list[Partial] = []
+        ready: list[Ready] = []
         if partial:
             self._continue(partial, chunk, chunks, ready)
         if self._waiting and not self._head_blocked:
@@ -244,34 +248,38 @@ class JumpLoop:
         if self._asynchronous:
             batch, self.pending = self.pending, batch
         if batch:
-            self._update(batch)
+            now_ns = self.now_ns
+            self.now_ns = batch.end_ns if batch.end_ns > now_ns else now_ns
+            if self._host_takes_time:
+                self.now_ns += self._host.update(batch.num_reqs)
+            self._take_in(batch)
         return True
 
-    def _fits(self, chunk: int) -> bool:
-        """Whether nobody needs to be preempted for a step with a chunk of `chunk` tokens of the partial prompt."""
-        free, partial = self._pool.num_free, self.partial
-        if partial:
-            free -= self._blocks.num_missing(partial.num_computed, chunk)
+    def _fits(self, partial: Partial, chunk: int) -> bool:
+        """Whether nobody needs to be preempted for a step that also has `chunk` tokens of the partial prompt."""
+        free = self._pool.num_free - self._blocks.num_missing(partial.num_computed, chunk)
         # At most one block per decode at a step.
         return self.num_decode <= free or (free >= 0 and self._blocks.num_crossing(self.num_steps) <= free)
 
-    def _continue(self, partial: Partial, chunk: int, chunks: list[Chunk], ready: list[Partial]) -> None:
+    def _continue(self, partial: Partial, chunk: int, chunks: list[Chunk], ready: list[Ready]) -> None:
         self._blocks.extend(partial.row, partial.num_computed, chunk)
-        chunks.append(Chunk(partial.place, partial.row, partial.num_computed, chunk))
+        chunks.append((partial.place, partial.row, partial.num_computed, chunk))
         partial.num_computed += chunk
         if partial.num_computed == partial.num_tokens:
-            ready.append(partial)
+            ready.append((partial.place, partial.row, partial.num_tokens, partial.num_left))
             self.partial = None
 
-    def _admit(self, budget: int, chunks: list[Chunk], ready: list[Partial]) -> None:
+    def _admit(self, budget: int, chunks: list[Chunk], ready: list[Ready]) -> None:
         """Admit waiting requests while the budget lasts; appends to `chunks`, and to `ready` whose prompt is done."""
-        waiting, times, requests = self._waiting, self._times, self._requests
+        waiting, times, requests, started = self._waiting, self._times, self._requests, self._started
         while waiting and budget > 0 and self.num_running < self._max_num_seqs:
             row = waiting.peek()
-            started = requests.started(row)
-            num_outputs = started.num_output_tokens if started is not None else 0
-            num_tokens = requests.num_prompt_tokens[row] + num_outputs
-            admission = self._blocks.admit(row, num_tokens, budget, beside_others=self.num_running > 0)
+            num_tokens, num_left = requests.num_prompt_tokens[row], requests.max_tokens[row]
+            if started and row in started:  # it comes back after a preemption
+                num_outputs = started[row].num_output_tokens
+                num_tokens += num_outputs
+                num_left -= num_outputs
+            admission = self._blocks.admit(row, num_tokens, budget, self.num_running > 0)
             if admission is None:
                 # With part of the budget taken by others it may be that, and the next step has it again.
                 self._head_blocked = not chunks
@@ -280,12 +288,11 @@ class JumpLoop:
             cached, chunk = admission
             place = self.take_place(row)
             budget -= chunk
-            chunks.append(Chunk(place, row, cached, chunk))
-            partial = Partial(place, row, cached + chunk, num_tokens, requests.max_tokens[row] - num_outputs)
+            chunks.append((place, row, cached, chunk))
             if cached + chunk == num_tokens:
-                ready.append(partial)
+                ready.append((place, row, num_tokens, num_left))
             else:
-                self.partial = partial
+                self.partial = Partial(place, row, cached + chunk, num_tokens, num_left)
             if times.scheduled[row] == UNKNOWN:
                 times.scheduled[row] = self.now_ns
                 times.cached[row] = cached
@@ -293,55 +300,54 @@ class JumpLoop:
     def _launch(self, chunks: list[Chunk]) -> Batch:
         """Price the step and give it its place on the device."""
         num_decode, context, context_sq = self.num_decode, self._context, self._context_sq
-        longest = self._longest_context()
+        longest = self._longest_context() if self._needs_spread else 0
         num_prefill = tokens = prefix = pairs = tokens_sq = 0
-        for chunk in chunks:
-            cache_len, count = chunk.cache_len, chunk.num_tokens
-            if count == 1:
-                num_decode += 1
-                context += cache_len
-                context_sq += cache_len * cache_len
-                longest = max(longest, cache_len)
-            else:
+        for _, _, cache_len, count in chunks:
+            if count > 1:
                 num_prefill += 1
                 tokens += count
                 prefix += cache_len
                 pairs += count * cache_len + count * (count + 1) // 2
                 tokens_sq += count * count
+            else:
+                num_decode += 1
+                context += cache_len
+                context_sq += cache_len * cache_len
+                longest = max(longest, cache_len)
         row = (num_decode, context, context_sq, longest, num_prefill, tokens, prefix, pairs, tokens_sq)
         duration_ns = self._pricer.step_ns(row, self.num_steps)
-        sched_ns, num_reqs = self.now_ns, num_decode + num_prefill
-        now_ns = self.now_ns = sched_ns + self._host.schedule(num_reqs)
-        start_ns = self.device_free_ns
-        if now_ns > start_ns:
-            start_ns = now_ns
+        sched_ns, num_reqs, start_ns = self.now_ns, num_decode + num_prefill, self.device_free_ns
+        if self._host_takes_time:
+            self.now_ns += self._host.schedule(num_reqs)
+        if self.now_ns > start_ns:
+            start_ns = self.now_ns
         end_ns = start_ns + duration_ns
-        self.device_free_ns = end_ns + self._host.gap_ns
-        return Batch(sched_ns, start_ns, end_ns, num_reqs, chunks)
+        self.device_free_ns = end_ns + self._gap_ns
+        return Batch(sched_ns, start_ns, end_ns, num_reqs, chunks, [], [])
 
     def _longest_context(self) -> int:
-        """Largest cache_len among the decodes of the next step; 0 if the latency model does not look at it."""
+        """Largest cache_len among the decodes of the next step."""
         heap, left = self._longest, self._left
         while heap and heap[0] & _PLACE_MASK in left:
             left.discard(heappop(heap) & _PLACE_MASK)
         return self.num_steps - (heap[0] >> _PLACE_BITS) if heap else 0
 
-    def _advance(self, batch: Batch, ready: list[Partial]) -> None:
+    def _advance(self, batch: Batch, ready: list[Ready]) -> None:
         """Every decode is one token further; those at their end leave the decodes, those with a prompt done join."""
-        step = self.num_steps
-        self._context_sq += 2 * self._context + self.num_decode
+        step, ends = self.num_steps, self.ends
+        if self._needs_spread:
+            self._context_sq += 2 * self._context + self.num_decode
         self._context += self.num_decode
         self.num_steps = step + 1
-        ends = self.ends
         if ends and ends[0] >> _PLACE_BITS == step:
             batch.last_places = self._leave(step)
-        for partial in ready:
-            batch.first_rows.append(partial.row)
-            if partial.num_left == 1:
-                batch.last_places.append(partial.place)
+        for place, row, num_tokens, num_left in ready:
+            batch.first_rows.append(row)
+            if num_left == 1:
+                batch.last_places.append(place)
                 self._head_blocked = False
             else:
-                self.join(partial.place, partial.row, partial.num_tokens - step - 1, step + partial.num_left - 1)
+                self.join(place, row, num_tokens - step - 1, step + num_left - 1)
 
     def join(self, place: int, row: int, base: int, end: int) -> None:
         """A request decodes from the next step on, to the step `end`."""
@@ -350,9 +356,9 @@ class JumpLoop:
         cache_len = base + self.num_steps
         self.num_decode += 1
         self._context += cache_len
-        self._context_sq += cache_len * cache_len
         self._blocks.join(row, base)
-        if self._pricer.needs_spread:
+        if self._needs_spread:
+            self._context_sq += cache_len * cache_len
             heappush(self._longest, -base << _PLACE_BITS | place)
 
     def _leave(self, step: int) -> list[int]:
@@ -364,27 +370,22 @@ class JumpLoop:
             cache_len = base + self.num_steps
             self.num_decode -= 1
             self._context -= cache_len
-            self._context_sq -= cache_len * cache_len
             self._blocks.leave(self.row_at[place], base)
-            if self._pricer.needs_spread:
+            if self._needs_spread:
+                self._context_sq -= cache_len * cache_len
                 self._left.add(place)
             places.append(place)
         self._head_blocked = False  # a smaller batch leaves more of the budget
         return places
 
-    def _update(self, batch: Batch) -> None:
-        """The batch has run: its tokens are known."""
-        self.now_ns = max(self.now_ns, batch.end_ns) + self._host.update(batch.num_reqs)
-        self._take_in(batch)
-
     def _take_in(self, batch: Batch) -> None:
-        """Note what a batch's tokens mean; the clock stands where they are known."""
-        now_ns, times = self.now_ns, self._times
+        """A batch's tokens are known, at this time of the clock."""
         if batch.rows is not None:
             self._write(batch, batch.rows)
+        first_token, now_ns = self._times.first_token, self.now_ns
         for row in batch.first_rows:
-            if times.first_token[row] == UNKNOWN:
-                times.first_token[row] = now_ns
+            if first_token[row] == UNKNOWN:
+                first_token[row] = now_ns
         if batch.last_places:
             self._finish(batch.last_places)
 
@@ -393,7 +394,8 @@ class JumpLoop:
             row = self.row_at[place]
             self._times.finish[row] = self.now_ns
             self._blocks.release(row)
-            self._requests.drop(row)
+            if self._started:
+                self._requests.drop(row)
         self.num_running -= len(places)
         self._head_blocked = False
 
@@ -402,23 +404,25 @@ class JumpLoop:
     def _stretch(self) -> bool:
         """Decode until somebody is at the end, blocks run short, or an arrival is seen; False if a request would be
         preempted at once."""
-        step, num_decode = self.num_steps, self.num_decode
+        step, num_decode, context = self.num_steps, self.num_decode, self._context
         most = (self.ends[0] >> _PLACE_BITS) - step + 1
-        most = self._blocks.num_steps_that_fit(step, num_decode, most)
-        if not most:
-            return False
-        longest = self._longest_context()
-        durations = self._pricer.stretch(num_decode, self._context, self._context_sq, longest, most, step)
-        most = min(most, durations.num_steps)
-        before = (self.now_ns, self.device_free_ns)
-        pending = self.pending
-        count = self._run_clock(durations, most, pending) if pending else self._run_synchronous_clock(durations, most)
+        if num_decode * (most // self._block_size + 1) > self._pool.num_free:
+            most = self._blocks.num_steps_that_fit(step, num_decode, most)
+            if not most:
+                return False
+        longest = self._longest_context() if self._needs_spread else 0
+        durations = self._pricer.stretch(num_decode, context, self._context_sq, longest, most, step)
+        if durations.num_steps < most:
+            most = durations.num_steps
+        now_ns, free_ns, pending = self.now_ns, self.device_free_ns, self.pending
+        count = self._run_overlapped(durations, most, pending) if pending else self._run_clock(durations, most)
         if self._log is None:
             self._blocks.grow(step, count, num_decode)
         else:
-            self._log_stretch(durations.list_ns(count).tolist(), *before, pending)
-        self._context_sq += count * (2 * self._context + count * num_decode)
-        self._context += count * num_decode
+            self._log_stretch(durations.list_ns(count).tolist(), now_ns, free_ns, pending)
+        if self._needs_spread:
+            self._context_sq += count * (2 * context + count * num_decode)
+        self._context = context + count * num_decode
         self.num_steps = step + count
         last_step = step + count - 1
         if self.ends[0] >> _PLACE_BITS == last_step:
@@ -429,53 +433,56 @@ class JumpLoop:
                 self._finish(places)
         return True
 
-    def _run_synchronous_clock(self, durations: Durations, most: int) -> int:
+    def _run_clock(self, durations: Durations, most: int) -> int:
         """Run the clock over at most `most` steps, to the first after which an arrival is seen; returns how many."""
-        host, num_decode = self._host, self.num_decode
-        schedule_ns, update_ns = host.schedule(num_decode), host.update(num_decode)
-        start_ns = max(self.now_ns + schedule_ns, self.device_free_ns)
-        between_ns = max(update_ns + schedule_ns, host.gap_ns)  # from one step's end to the next one's start
-        until_ns = self._next_arrival_ns - update_ns - start_ns
-        count = most if self._next_arrival_ns == _NEVER_NS else durations.reach(until_ns + between_ns, between_ns, most)
+        update_ns, between_ns, start_ns = 0, self._gap_ns, self.now_ns
+        if self._host_takes_time:
+            schedule_ns, update_ns = self._host.schedule(self.num_decode), self._host.update(self.num_decode)
+            start_ns += schedule_ns
+            between_ns = max(between_ns, update_ns + schedule_ns)  # from one step's end to the next one's start
+        if self.device_free_ns > start_ns:
+            start_ns = self.device_free_ns
+        count, arrival_ns = most, self._next_arrival_ns
+        if arrival_ns != _NEVER_NS:
+            count = durations.reach(arrival_ns - update_ns - start_ns + between_ns, between_ns, most)
         end_ns = start_ns + durations.total_ns(count) + (count - 1) * between_ns
         self.now_ns = end_ns + update_ns
-        self.device_free_ns = end_ns + host.gap_ns
+        self.device_free_ns = end_ns + self._gap_ns
         return count
 
-    def _run_clock(self, durations: Durations, most: int, pending: Batch) -> int:
+    def _run_overlapped(self, durations: Durations, most: int, pending: Batch) -> int:
         """The same under asynchronous scheduling: each step starts when the device is free, and the host takes in the
         step before it meanwhile. The last step is in flight afterwards."""
-        host, num_decode = self._host, self.num_decode
-        schedule_ns, update_ns, gap_ns = host.schedule(num_decode), host.update(num_decode), host.gap_ns
-        start_ns = max(self.now_ns + schedule_ns, self.device_free_ns)
-        # After the first turn the host has taken in what was in flight, after turn m the stretch's step m - 2.
-        first_now_ns = max(self.now_ns + schedule_ns, pending.end_ns) + host.update(pending.num_reqs)
-        count = most
-        if most > 1 and (
+        schedule_ns = update_ns = 0
+        gap_ns, sched_ns, num_decode = self._gap_ns, self.now_ns, self.num_decode
+        # After the first turn the host has taken in what was in flight; after turn m, the stretch's first m - 1 steps.
+        first_now_ns = pending.end_ns if pending.end_ns > sched_ns else sched_ns
+        start_ns = self.device_free_ns
+        if self._host_takes_time:
+            schedule_ns, update_ns = self._host.schedule(num_decode), self._host.update(num_decode)
+            first_now_ns = max(sched_ns + schedule_ns, pending.end_ns) + self._host.update(pending.num_reqs)
+        if sched_ns + schedule_ns > start_ns:
+            start_ns = sched_ns + schedule_ns
+        count, arrival_ns = most, self._next_arrival_ns
+        host_is_slower = (
             first_now_ns + schedule_ns > start_ns + durations.total_ns(1)
             or durations.least_ns + gap_ns < update_ns + schedule_ns
-        ):
-            count = 1  # the host is the slower one: step by step
-        elif first_now_ns >= self._next_arrival_ns:
+        )
+        if host_is_slower or first_now_ns >= arrival_ns:
             count = 1
-        elif most > 1 and self._next_arrival_ns != _NEVER_NS:
-            until_ns = self._next_arrival_ns - update_ns - start_ns
-            count = 1 + durations.reach(until_ns + gap_ns, gap_ns, most - 1)
-
-        def now_after(turns: int) -> int:
-            if turns < 2:
-                return first_now_ns if turns else self_now_ns
-            return start_ns + durations.total_ns(turns - 1) + (turns - 2) * gap_ns + update_ns
-
-        self_now_ns = self.now_ns
-        sched_ns = now_after(count - 1)
-        end_ns = start_ns + durations.total_ns(count) + (count - 1) * gap_ns
-        last_start_ns = start_ns + durations.total_ns(count - 1) + (count - 1) * gap_ns
+        elif most > 1 and arrival_ns != _NEVER_NS:
+            count = 1 + durations.reach(arrival_ns - update_ns - start_ns + gap_ns, gap_ns, most - 1)
         self.now_ns = first_now_ns
         self._take_in(pending)
-        self.now_ns = now_after(count)
+        # When the last step but one ends, and when the host has taken it in.
+        before_ns = start_ns + durations.total_ns(count - 1) + (count - 2) * gap_ns
+        if count > 1:
+            self.now_ns = before_ns + update_ns
+            start_ns = before_ns + gap_ns
+            sched_ns = first_now_ns if count == 2 else start_ns - 2 * gap_ns - durations.last_ns(count - 1) + update_ns
+        end_ns = start_ns + durations.last_ns(count)
         self.device_free_ns = end_ns + gap_ns
-        self.pending = Batch(sched_ns, last_start_ns, end_ns, num_decode)
+        self.pending = Batch(sched_ns, start_ns, end_ns, num_decode, [], [], [])
         return count
 
     # --- the log ---------------------------------------------------------------------------------------------------
@@ -484,10 +491,10 @@ class JumpLoop:
         """What the log will hold of a step; called after schedule() and before the decodes move on."""
         places = sorted(key & _PLACE_MASK for key in self.ends)
         return StepRows(
-            requests=[self.row_at[place] for place in places] + [chunk.row for chunk in batch.chunks],
+            requests=[self.row_at[place] for place in places] + [row for _, row, _, _ in batch.chunks],
             cache_lens=[self.base_at[place] + self.num_steps for place in places]
-            + [chunk.cache_len for chunk in batch.chunks],
-            input_lens=[1] * len(places) + [chunk.num_tokens for chunk in batch.chunks],
+            + [cache_len for _, _, cache_len, _ in batch.chunks],
+            input_lens=[1] * len(places) + [num_tokens for _, _, _, num_tokens in batch.chunks],
             preempted=(),
             finished=(),
             num_waiting=len(self._waiting),
@@ -510,7 +517,7 @@ class JumpLoop:
         times_ns, known_ns, free, evicted = [], [], [], []
         oldest_end_ns = pending.end_ns if pending else None
         update_ns = host.update(pending.num_reqs if pending else num_decode)
-        first = self._rows(Batch(0, 0, 0, num_decode), 0)
+        first = self._rows(Batch(0, 0, 0, num_decode, [], [], []), 0)
         for ahead, duration_ns in enumerate(durations_ns):
             num_evicted = self._pool.num_evicted
             self._blocks.grow(self.num_steps + ahead, 1, num_decode)

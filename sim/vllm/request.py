@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -91,6 +90,9 @@ class RequestBook:
         prefix_keys: by row, see `Request`; None where nothing is shared.
         num_shared_keys: every prefix key is below it.
         block_size: tokens per block.
+
+    Attributes:
+        started: the requests that have been looked at by themselves and are not finished, by row.
     """
 
     def __init__(
@@ -109,15 +111,15 @@ class RequestBook:
         self.prefix_keys, self.num_shared_keys = prefix_keys, num_shared_keys
         self._block_size = block_size
         self._own_key_base: IntArray | None = None
-        self._requests: dict[int, Request] = {}
+        self.started: dict[int, Request] = {}
 
     def __len__(self) -> int:
         return len(self.arrival_ns)
 
     def __getitem__(self, row: int) -> Request:
-        request = self._requests.get(row)
+        request = self.started.get(row)
         if request is None:
-            request = self._requests[row] = Request(
+            request = self.started[row] = Request(
                 row=row,
                 request_id=self.request_ids[row],
                 arrival_ns=self.arrival_ns[row],
@@ -131,19 +133,11 @@ class RequestBook:
 
     def drop(self, row: int) -> None:
         """A request is finished: forget what it was."""
-        self._requests.pop(row, None)
-
-    def started(self, row: int) -> Request | None:
-        """The request, if it has been looked at by itself (it has been preempted, say)."""
-        return self._requests.get(row)
+        self.started.pop(row, None)
 
     def forget_all(self) -> None:
         """No request has been looked at."""
-        self._requests.clear()
-
-    def all_started(self) -> Iterable[Request]:
-        """All requests that have been looked at and are not finished."""
-        return self._requests.values()
+        self.started.clear()
 
     def _own_keys(self, row: int) -> int:
         """First of as many keys as the request can ever fill blocks."""
