@@ -42,8 +42,12 @@ class Durations(Protocol):
     def total_ns(self, count: int) -> int:
         """Sum of the first `count` durations."""
 
-    def reach(self, time_ns: int, gap_ns: int, most: int) -> int:
-        """Fewest steps, at least 1 and at most `most`, whose durations, each plus `gap_ns`, reach `time_ns`."""
+    def reach(self, time_ns: int, gap_ns: int, most: int) -> tuple[int, int]:
+        """Fewest steps, at least 1 and at most `most`, whose durations, each plus `gap_ns`, reach `time_ns`.
+
+        Returns:
+            How many, and how long they take, the gaps left out.
+        """
 
     def last_ns(self, count: int) -> int:
         """The `count`-th duration, counted from 1."""
@@ -80,22 +84,27 @@ class Progression:
         """See `Durations`."""
         return count * self.least_ns + self.slope_ns * (count * (count - 1) // 2)
 
-    def reach(self, time_ns: int, gap_ns: int, most: int) -> int:
+    def reach(self, time_ns: int, gap_ns: int, most: int) -> tuple[int, int]:
         """See `Durations`: the root of a quadratic, guessed in floats and settled in integers."""
         if time_ns <= 0:
-            return 1
+            return 1, self.least_ns
         each, slope = self.least_ns + gap_ns, self.slope_ns
         # The stable form of the positive root of slope/2 m^2 + (each - slope/2) m = time.
         linear = each - 0.5 * slope
-        count = int(2 * time_ns / (linear + sqrt(linear * linear + 2 * slope * time_ns)))
-        if count >= most:
+        count = int(2 * time_ns / (linear + sqrt(linear * linear + 2 * slope * time_ns))) + 1
+        if count > most:
             count = most
-        else:
-            while count * each + slope * (count * (count - 1) // 2) < time_ns and count < most:
-                count += 1
-        while count > 1 and (count - 1) * each + slope * ((count - 1) * (count - 2) // 2) >= time_ns:
+        total = count * each + slope * (count * (count - 1) // 2)
+        while count > 1:
+            before = total - each - slope * (count - 1)
+            if before < time_ns:
+                break
+            total = before
             count -= 1
-        return count
+        while total < time_ns and count < most:
+            total += each + slope * count
+            count += 1
+        return count, total - count * gap_ns
 
     def last_ns(self, count: int) -> int:
         """See `Durations`."""
@@ -125,12 +134,13 @@ class Listed:
         """See `Durations`."""
         return int(self._sums_ns[count - 1]) if count else 0
 
-    def reach(self, time_ns: int, gap_ns: int, most: int) -> int:
+    def reach(self, time_ns: int, gap_ns: int, most: int) -> tuple[int, int]:
         """See `Durations`."""
         sums = self._sums_ns[:most]
         if gap_ns:
             sums = sums + gap_ns * np.arange(1, len(sums) + 1)
-        return min(int(np.searchsorted(sums, time_ns)) + 1, most)
+        count = min(int(np.searchsorted(sums, time_ns)) + 1, most)
+        return count, int(self._sums_ns[count - 1])
 
     def last_ns(self, count: int) -> int:
         """See `Durations`."""

@@ -19,6 +19,7 @@ from array import array
 from bisect import bisect_right
 from dataclasses import dataclass, replace
 from heapq import heappop, heappush
+from typing import NamedTuple
 
 from kvtwin.sim.config import VllmConfig
 from kvtwin.sim.latency.host import HostTime
@@ -74,6 +75,14 @@ class Batch:
     def chunk_of(self, place: int) -> Chunk | None:
         """The prompt chunk of the request at `place`, if it has one in the batch."""
         return next((chunk for chunk in self.chunks if chunk[0] == place), None)
+
+
+class _Moment(NamedTuple):
+    """The clock before a stretch; `in_flight`: end and size of the batch in flight."""
+
+    now_ns: int
+    device_free_ns: int
+    in_flight: tuple[int, int] | None
 
 
 class JumpLoop:
@@ -179,9 +188,8 @@ class JumpLoop:
         while True:
             if self.now_ns >= self._next_arrival_ns:
                 self._take_arrivals()
-            pending = self.pending
             tries = waiting and not self._head_blocked and self.num_running < max_num_seqs
-            if self.partial or tries or (asynchronous and (not pending or pending.last_places)):
+            if self.partial or tries or (asynchronous and self._pending_decides()):
                 if tries and self._cuts_prompts:
                     return False
                 if not (self.num_running or tries):
@@ -194,6 +202,14 @@ class JumpLoop:
                     return False
             elif not self._wait():
                 return True
+
+    def _pending_decides(self) -> bool:
+        """Under asynchronous scheduling: whether the batch in flight keeps the next turns from being a stretch."""
+        pending = self.pending
+        if not pending:
+            return True  # the pipeline is to be filled
+        # Whoever finishes with it may make room for somebody. With a log, a finish has a row of its own.
+        return bool(pending.last_places) and (len(self._waiting) > 0 or self._log is not None or not self.num_decode)
 
     def _take_arrivals(self) -> None:
         arrival_ns, first, now_ns = self._requests.arrival_ns, self.num_arrived, self.now_ns
@@ -286,7 +302,10 @@ class JumpLoop:
                 return
             waiting.pop()
             cached, chunk = admission
-            place = self.take_place(row)
+            place = len(self.row_at)
+            self.row_at.append(row)
+            self.base_at.append(0)
+            self.num_running += 1
             budget -= chunk
             chunks.append((place, row, cached, chunk))
             if cached + chunk == num_tokens:
@@ -414,12 +433,19 @@ class JumpLoop:
         durations = self._pricer.stretch(num_decode, context, self._context_sq, longest, most, step)
         if durations.num_steps < most:
             most = durations.num_steps
-        now_ns, free_ns, pending = self.now_ns, self.device_free_ns, self.pending
-        count = self._run_overlapped(durations, most, pending) if pending else self._run_clock(durations, most)
-        if self._log is None:
-            self._blocks.grow(step, count, num_decode)
+        pending = self.pending
+        before = self._moment() if self._log is not None else None
+        if pending:
+            grown = 1 if pending.last_places else 0
+            if grown:  # the first step takes its blocks before those of the finished are free
+                self._blocks.grow(step, 1, num_decode)
+            count = self._run_overlapped(durations, most, pending)
         else:
-            self._log_stretch(durations.list_ns(count).tolist(), now_ns, free_ns, pending)
+            grown, count = 0, self._run_clock(durations, most)
+        if before is not None:
+            self._log_stretch(durations.list_ns(count).tolist(), before)
+        elif count > grown:
+            self._blocks.grow(step + grown, count - grown, num_decode)
         if self._needs_spread:
             self._context_sq += count * (2 * context + count * num_decode)
         self._context = context + count * num_decode
@@ -442,10 +468,10 @@ class JumpLoop:
             between_ns = max(between_ns, update_ns + schedule_ns)  # from one step's end to the next one's start
         if self.device_free_ns > start_ns:
             start_ns = self.device_free_ns
-        count, arrival_ns = most, self._next_arrival_ns
-        if arrival_ns != _NEVER_NS:
-            count = durations.reach(arrival_ns - update_ns - start_ns + between_ns, between_ns, most)
-        end_ns = start_ns + durations.total_ns(count) + (count - 1) * between_ns
+        # With no arrival to come, the time is never reached and all steps are taken.
+        until_ns = self._next_arrival_ns - update_ns - start_ns + between_ns
+        count, total_ns = durations.reach(until_ns, between_ns, most)
+        end_ns = start_ns + total_ns + (count - 1) * between_ns
         self.now_ns = end_ns + update_ns
         self.device_free_ns = end_ns + self._gap_ns
         return count
@@ -453,36 +479,35 @@ class JumpLoop:
     def _run_overlapped(self, durations: Durations, most: int, pending: Batch) -> int:
         """The same under asynchronous scheduling: each step starts when the device is free, and the host takes in the
         step before it meanwhile. The last step is in flight afterwards."""
-        schedule_ns = update_ns = 0
-        gap_ns, sched_ns, num_decode = self._gap_ns, self.now_ns, self.num_decode
+        update_ns, gap_ns, num_decode = 0, self._gap_ns, self.num_decode
+        arrival_ns, now_ns, start_ns = self._next_arrival_ns, self.now_ns, self.device_free_ns
         # After the first turn the host has taken in what was in flight; after turn m, the stretch's first m - 1 steps.
-        first_now_ns = pending.end_ns if pending.end_ns > sched_ns else sched_ns
-        start_ns = self.device_free_ns
         if self._host_takes_time:
             schedule_ns, update_ns = self._host.schedule(num_decode), self._host.update(num_decode)
-            first_now_ns = max(sched_ns + schedule_ns, pending.end_ns) + self._host.update(pending.num_reqs)
-        if sched_ns + schedule_ns > start_ns:
-            start_ns = sched_ns + schedule_ns
-        count, arrival_ns = most, self._next_arrival_ns
-        host_is_slower = (
-            first_now_ns + schedule_ns > start_ns + durations.total_ns(1)
-            or durations.least_ns + gap_ns < update_ns + schedule_ns
-        )
-        if host_is_slower or first_now_ns >= arrival_ns:
-            count = 1
-        elif most > 1 and arrival_ns != _NEVER_NS:
-            count = 1 + durations.reach(arrival_ns - update_ns - start_ns + gap_ns, gap_ns, most - 1)
-        self.now_ns = first_now_ns
+            launched_ns = now_ns + schedule_ns
+            start_ns = max(start_ns, launched_ns)
+            now_ns = max(launched_ns, pending.end_ns) + self._host.update(pending.num_reqs)
+            if now_ns + schedule_ns > start_ns + durations.least_ns or durations.least_ns + gap_ns < update_ns + schedule_ns:
+                most = 1  # the host is the slower one: step by step
+        else:
+            if now_ns > start_ns:
+                start_ns = now_ns
+            if pending.end_ns > now_ns:
+                now_ns = pending.end_ns
+        self.now_ns = now_ns
         self._take_in(pending)
-        # When the last step but one ends, and when the host has taken it in.
-        before_ns = start_ns + durations.total_ns(count - 1) + (count - 2) * gap_ns
-        if count > 1:
-            self.now_ns = before_ns + update_ns
-            start_ns = before_ns + gap_ns
-            sched_ns = first_now_ns if count == 2 else start_ns - 2 * gap_ns - durations.last_ns(count - 1) + update_ns
+        count = 1
+        if most > 1 and now_ns < arrival_ns:
+            # The host sees an arrival when it has taken in the last step but one.
+            count, total_ns = durations.reach(arrival_ns - update_ns - start_ns + gap_ns, gap_ns, most - 1)
+            start_ns += total_ns + count * gap_ns
+            self.now_ns = start_ns - gap_ns + update_ns
+            count += 1
         end_ns = start_ns + durations.last_ns(count)
         self.device_free_ns = end_ns + gap_ns
-        self.pending = Batch(sched_ns, start_ns, end_ns, num_decode, [], [], [])
+        # The batch taken in becomes the one in flight.
+        pending.start_ns, pending.end_ns, pending.num_reqs = start_ns, end_ns, num_decode
+        pending.chunks, pending.first_rows, pending.last_places = [], [], []
         return count
 
     # --- the log ---------------------------------------------------------------------------------------------------
@@ -510,13 +535,18 @@ class JumpLoop:
         times_ns = [(batch.sched_ns, batch.start_ns, batch.end_ns, self.now_ns)]
         self._log.add(replace(rows, finished=finished, times_ns=times_ns))
 
-    def _log_stretch(self, durations_ns: list[int], now_ns: int, free_ns: int, pending: Batch | None) -> None:
-        """Log a stretch and give its steps their blocks, one by one; the clock has moved on already."""
+    def _moment(self) -> _Moment:
+        pending = self.pending
+        in_flight = (pending.end_ns, pending.num_reqs) if pending else None
+        return _Moment(self.now_ns, self.device_free_ns, in_flight)
+
+    def _log_stretch(self, durations_ns: list[int], before: _Moment) -> None:
+        """Log a stretch and give its steps their blocks, one by one. The clock has moved on since `before`."""
         assert self._log is not None
         host, num_decode = self._host, self.num_decode
+        now_ns, free_ns = before.now_ns, before.device_free_ns
+        oldest_end_ns, num_oldest = before.in_flight or (None, num_decode)
         times_ns, known_ns, free, evicted = [], [], [], []
-        oldest_end_ns = pending.end_ns if pending else None
-        update_ns = host.update(pending.num_reqs if pending else num_decode)
         first = self._rows(Batch(0, 0, 0, num_decode, [], [], []), 0)
         for ahead, duration_ns in enumerate(durations_ns):
             num_evicted = self._pool.num_evicted
@@ -528,22 +558,25 @@ class JumpLoop:
             start_ns = max(now_ns, free_ns)
             end_ns = start_ns + duration_ns
             free_ns = end_ns + host.gap_ns
-            now_ns = max(now_ns, end_ns if oldest_end_ns is None else oldest_end_ns) + update_ns
-            update_ns = host.update(num_decode)
-            oldest_end_ns = None if oldest_end_ns is None else end_ns
+            now_ns = max(now_ns, end_ns if oldest_end_ns is None else oldest_end_ns) + host.update(num_oldest)
+            oldest_end_ns, num_oldest = (None if oldest_end_ns is None else end_ns), num_decode
             times_ns.append((sched_ns, start_ns, end_ns))
             known_ns.append(now_ns)
         assert (now_ns, free_ns) == (self.now_ns, self.device_free_ns)
-        known_ns = [*known_ns[1:], UNKNOWN] if pending else known_ns
+        if before.in_flight:  # each step is known a turn later
+            known_ns = [*known_ns[1:], UNKNOWN]
         stamps = [(*times, known) for times, known in zip(times_ns, known_ns, strict=True)]
-        rows = replace(first, num_free_blocks=free, num_evicted_blocks=evicted, times_ns=stamps)
-        # The last step may finish requests, and under asynchronous scheduling it is still in flight.
-        if len(stamps) > 1:
-            self._log.add(rows.head(len(stamps) - 1))
-        last = rows.last()
+        self._write_stretch(replace(first, num_free_blocks=free, num_evicted_blocks=evicted, times_ns=stamps))
+
+    def _write_stretch(self, rows: StepRows) -> None:
+        """The last step by itself: it may finish requests, and under asynchronous scheduling it is still in flight."""
+        assert self._log is not None
+        count, last = len(rows.times_ns), rows.last()
+        if count > 1:
+            self._log.add(rows.head(count - 1))
         if self.pending:
-            self.pending.rows = last
-        else:
-            last_step = self.num_steps + len(stamps) - 1
-            finished = sorted(key & _PLACE_MASK for key in self.ends if key >> _PLACE_BITS == last_step)
-            self._log.add(replace(last, finished=[self.row_at[place] for place in finished]))
+            self.pending.rows, self.pending.sched_ns = last, last.times_ns[0][0]
+            return
+        last_step = self.num_steps + count - 1
+        places = sorted(key & _PLACE_MASK for key in self.ends if key >> _PLACE_BITS == last_step)
+        self._log.add(replace(last, finished=[self.row_at[place] for place in places]))
