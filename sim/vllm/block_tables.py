@@ -28,6 +28,9 @@ class BlockTables(Protocol):
     def grow(self, step: int, count: int, num_decode: int) -> None:
         """Give the decodes the blocks that they need at `count` steps from `step` on."""
 
+    def grow_one(self, row: int) -> None:
+        """Give one decode the block that it needs."""
+
     def admit(self, row: int, num_tokens: int, budget: int, beside_others: bool) -> tuple[int, int] | None:
         """Admit a waiting request with `num_tokens` known tokens: (cached tokens, new tokens); None if it must wait."""
 
@@ -109,6 +112,10 @@ class CountedBlocks:
         else:
             needed += sum(crossing[first:last])
         self._pool.num_free -= needed
+
+    def grow_one(self, row: int) -> None:  # noqa: ARG002
+        """See `BlockTables`."""
+        self._pool.num_free -= 1
 
     def admit(self, row: int, num_tokens: int, budget: int, beside_others: bool) -> tuple[int, int] | None:  # noqa: ARG002
         """See `BlockTables`."""
@@ -199,6 +206,10 @@ class PooledBlocks:
         blocks = self._pool.allocate(len(rows))
         for place, row in enumerate(rows):
             self._tables[row].append(blocks[place : place + 1])
+
+    def grow_one(self, row: int) -> None:
+        """See `BlockTables`."""
+        self._tables[row].append(self._pool.allocate(1))
 
     def admit(self, row: int, num_tokens: int, budget: int, beside_others: bool) -> tuple[int, int] | None:
         """See `BlockTables`."""

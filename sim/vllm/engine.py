@@ -91,7 +91,7 @@ class Engine:
         """None if somebody is preempted who could hit blocks of its own: the pool must be looked at then."""
         self.pool = pool = CountedPool(self._config.num_gpu_blocks)
         blocks = CountedBlocks(self._config, requests, pool)
-        return self._run_jumping(requests, pool, blocks, may_go_plain=not self._config.enable_prefix_caching)
+        return self._run_jumping(requests, pool, blocks, may_preempt=not self._config.enable_prefix_caching)
 
     def _run_pooled(self, requests: RequestBook) -> RequestTimes:
         config = self._config
@@ -101,25 +101,27 @@ class Engine:
             enable_prefix_caching=config.enable_prefix_caching,
             reuse_uncached_first=config.rules.reuse_uncached_first,
         )
-        times = self._run_jumping(requests, pool, PooledBlocks(config, requests, pool), may_go_plain=True)
+        times = self._run_jumping(requests, pool, PooledBlocks(config, requests, pool), may_preempt=True)
         assert times is not None
         return times
 
     def _run_jumping(
-        self, requests: RequestBook, pool: Pool, blocks: CountedBlocks | PooledBlocks, *, may_go_plain: bool
+        self, requests: RequestBook, pool: Pool, blocks: CountedBlocks | PooledBlocks, *, may_preempt: bool
     ) -> RequestTimes | None:
         times = RequestTimes(len(requests))
         plain = self._plain_loop(requests, pool, times)
         log = self._log if self._record_steps else None
         waiting = plain.scheduler.waiting
-        jump = JumpLoop(self._config, requests, waiting, blocks, pool, self._pricer, self._host, times, log)
+        jump = JumpLoop(
+            self._config, requests, waiting, blocks, pool, self._pricer, self._host, times, log, may_preempt=may_preempt
+        )
         cuts_prompts = self._config.long_prefill_token_threshold > 0
         while True:
             done = jump.run()
             self.num_steps = jump.num_steps
             if done:
                 return times
-            if not may_go_plain:
+            if not may_preempt:
                 return None
             handover.to_plain(jump, plain, requests, blocks)
             turns = 0

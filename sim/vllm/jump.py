@@ -17,8 +17,9 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from typing import NamedTuple
 
 from kvtwin.sim.config import VllmConfig
@@ -98,6 +99,7 @@ class JumpLoop:
         host: time between steps.
         times: where the requests' time stamps go.
         log: where the steps go; None to keep none.
+        may_preempt: False to return instead where somebody has to be preempted.
     """
 
     def __init__(
@@ -111,6 +113,8 @@ class JumpLoop:
         host: HostTime,
         times: RequestTimes,
         log: StepLog | None,
+        *,
+        may_preempt: bool,
     ) -> None:
         self._requests, self._waiting, self._blocks, self._pool = requests, waiting, blocks, pool
         self._pricer, self._host, self._times, self._log = pricer, host, times, log
@@ -118,6 +122,7 @@ class JumpLoop:
         self._needs_spread = pricer.needs_spread
         self._host_takes_time, self._gap_ns = host != HostTime(gap_ns=host.gap_ns), host.gap_ns
         self._block_size = config.block_size
+        self._preempts_last = may_preempt and config.policy == "fcfs"
         self._arrivals_overtake = config.policy != "fcfs"
         self.records_steps = log is not None
         self._asynchronous = config.async_scheduling
@@ -239,27 +244,27 @@ class JumpLoop:
         budget = self._max_tokens - num_decode
         if budget <= 0:
             return False
-        chunk = 0
-        if partial:
-            chunk = min(partial.num_tokens - partial.num_computed, budget)
-            if not self._fits(partial, chunk):
-                return False
-        elif num_decode > self._pool.num_free and not self._blocks.num_steps_that_fit(self.num_steps, num_decode, 1):
-            return False
+        chunk = min(partial.num_tokens - partial.num_computed, budget) if partial else 0
         num_evicted = self._pool.num_evicted
-        if num_decode:
+        preempted: list[int] = []
+        if (num_decode > self._pool.num_free or partial) and not self._fits(partial, chunk):
+            if not self._preempts_last or (self.pending and self.pending.last_places):
+                return False
+            preempted = self._grow_or_preempt(chunk)
+            num_decode, partial = self.num_decode, self.partial
+        elif num_decode:
             self._blocks.grow(self.num_steps, 1, num_decode)
         chunks: list[Chunk] = []
         ready: list[Ready] = []
         if partial:
             self._continue(partial, chunk, chunks, ready)
-        if self._waiting and not self._head_blocked:
+        if self._waiting and not self._head_blocked and not preempted:
             self._admit(budget - chunk, chunks, ready)
         batch = None
         if num_decode or chunks:
             batch = self._launch(chunks)
             if self._log is not None:
-                batch.rows = self._rows(batch, self._pool.num_evicted - num_evicted)
+                batch.rows = self._rows(batch, self._pool.num_evicted - num_evicted, preempted)
             self._advance(batch, ready)
         if self._asynchronous:
             batch, self.pending = self.pending, batch
@@ -271,11 +276,73 @@ class JumpLoop:
             self._take_in(batch)
         return True
 
-    def _fits(self, partial: Partial, chunk: int) -> bool:
+    def _fits(self, partial: Partial | None, chunk: int) -> bool:
         """Whether nobody needs to be preempted for a step that also has `chunk` tokens of the partial prompt."""
-        free = self._pool.num_free - self._blocks.num_missing(partial.num_computed, chunk)
+        free = self._pool.num_free
+        if partial:
+            free -= self._blocks.num_missing(partial.num_computed, chunk)
         # At most one block per decode at a step.
         return self.num_decode <= free or (free >= 0 and self._blocks.num_crossing(self.num_steps) <= free)
+
+    def _grow_or_preempt(self, chunk: int) -> list[int]:
+        """Give the running requests their blocks in order; where one is missing, preempt the last of them, as
+        `VllmScheduler._schedule_running` does with the fcfs policy. Returns the preempted rows.
+
+        The blocks of the partial prompt are only made sure of.
+        """
+        places, preempted = sorted(key & _PLACE_MASK for key in self.ends), []
+        index = 0
+        while index < len(places):
+            place = places[index]
+            index += 1
+            if (self.base_at[place] + self.num_steps) % self._block_size:
+                continue
+            while not self._pool.num_free:
+                victim = self.partial.place if self.partial else places.pop()
+                preempted.append(self._preempt(victim))
+                if victim == place:
+                    return preempted
+            self._blocks.grow_one(self.row_at[place])
+        partial = self.partial
+        if partial and self._blocks.num_missing(partial.num_computed, chunk) > self._pool.num_free:
+            preempted.append(self._preempt(partial.place))
+        return preempted
+
+    def _preempt(self, place: int) -> int:
+        """Take the blocks from a running request and put it back in front of the waiting queue; returns its row.
+
+        Under asynchronous scheduling its token in flight counts as known already: it is, when the request is next
+        looked at.
+        """
+        row, partial = self.row_at[place], self.partial
+        request = self._requests[row]
+        in_flight = self.pending.chunk_of(place) if self.pending else None
+        if partial and partial.place == place:
+            num_computed = num_known = partial.num_computed
+            num_left, self.partial = partial.num_left, None
+        else:
+            num_computed = self.base_at[place] + self.num_steps
+            num_known = num_computed - 1 if self.pending and in_flight is None else num_computed
+            num_left = self.num_steps_left(place)
+            self._drop_decode(place, num_computed)
+        blocks, _ = self._blocks.unload(row, num_computed, num_known)
+        self._pool.free(blocks)
+        request.put_back(request.max_tokens - num_left)
+        self._times.num_preemptions[row] += 1
+        self._waiting.put_back(row)
+        self.num_running -= 1
+        self._head_blocked = False
+        return row
+
+    def _drop_decode(self, place: int, cache_len: int) -> None:
+        self.ends = [key for key in self.ends if key & _PLACE_MASK != place]
+        heapify(self.ends)
+        self.num_decode -= 1
+        self._context -= cache_len
+        self._blocks.leave(self.row_at[place], self.base_at[place])
+        if self._needs_spread:
+            self._context_sq -= cache_len * cache_len
+            self._left.add(place)
 
     def _continue(self, partial: Partial, chunk: int, chunks: list[Chunk], ready: list[Ready]) -> None:
         self._blocks.extend(partial.row, partial.num_computed, chunk)
@@ -428,7 +495,7 @@ class JumpLoop:
         if num_decode * (most // self._block_size + 1) > self._pool.num_free:
             most = self._blocks.num_steps_that_fit(step, num_decode, most)
             if not most:
-                return False
+                return self._step()
         longest = self._longest_context() if self._needs_spread else 0
         durations = self._pricer.stretch(num_decode, context, self._context_sq, longest, most, step)
         if durations.num_steps < most:
@@ -512,7 +579,7 @@ class JumpLoop:
 
     # --- the log ---------------------------------------------------------------------------------------------------
 
-    def _rows(self, batch: Batch, num_evicted: int) -> StepRows:
+    def _rows(self, batch: Batch, num_evicted: int, preempted: Sequence[int] = ()) -> StepRows:
         """What the log will hold of a step; called after schedule() and before the decodes move on."""
         places = sorted(key & _PLACE_MASK for key in self.ends)
         return StepRows(
@@ -520,7 +587,7 @@ class JumpLoop:
             cache_lens=[self.base_at[place] + self.num_steps for place in places]
             + [cache_len for _, _, cache_len, _ in batch.chunks],
             input_lens=[1] * len(places) + [num_tokens for _, _, _, num_tokens in batch.chunks],
-            preempted=(),
+            preempted=preempted,
             finished=(),
             num_waiting=len(self._waiting),
             num_running=self.num_running,

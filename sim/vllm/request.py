@@ -66,6 +66,14 @@ class Request:
         """Known tokens: the prompt and the output so far."""
         return self.num_prompt_tokens + self.num_output_tokens
 
+    def put_back(self, num_output_tokens: int) -> None:
+        """It has been preempted, with so many output tokens: everything is to be computed again."""
+        self.status = Status.WAITING
+        self.num_output_tokens = num_output_tokens
+        self.num_computed_tokens = self.num_cached_blocks = 0
+        self.num_output_placeholders = self.num_in_flight_tokens = self.num_stale_output_tokens = 0
+        self.blocks = NO_BLOCKS
+
     def block_keys(self, first: int, last: int) -> IntArray:
         """Prefix-cache keys of its full blocks `first` .. `last` - 1.
 
