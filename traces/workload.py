@@ -8,7 +8,7 @@ engine blocks, of any size, that can be compared one by one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
@@ -67,56 +67,73 @@ def prefix_blocks(requests: pa.Table, hash_block_tokens: int | None, block_size:
     """
     if hash_block_tokens is None:
         return [_NO_BLOCKS] * requests.num_rows
-    chains, num_nodes_at = _intern_chains(_lists(requests.column("block_hashes")))
+    values, counts = _flat(requests.column("block_hashes"))
+    # Entries behind the prompt's last full engine block are no part of any.
+    num_full = requests.column("input_tokens").to_numpy() // block_size
+    used = np.minimum(counts, -(-num_full * block_size // hash_block_tokens))
+    depth = _places(counts)
+    values, depth = (column[depth < np.repeat(used, counts)] for column in (values, depth))
+    node = _number_nodes(values, depth)
+    num_nodes_at = np.zeros(int(used.max(initial=0)), dtype=np.int64)
+    np.maximum.at(num_nodes_at, depth, node + 1)
     # Engine block i ends in the hash block of depth d where first[d] <= i < first[d + 1]; a chain node of depth d
     # owns that many consecutive ids, so a chain expands with one repeat and one addition.
-    depths = np.arange(len(num_nodes_at) + 1, dtype=np.int64)
-    first = depths * hash_block_tokens // block_size
+    first = np.arange(len(num_nodes_at) + 1, dtype=np.int64) * hash_block_tokens // block_size
     width = np.diff(first)
-    base = np.concatenate(([0], np.cumsum(num_nodes_at * width)))[:-1] - first[:-1]
-    num_full = requests.column("input_tokens").to_numpy() // block_size
-    depth_of = -(-num_full * block_size // hash_block_tokens)  # hash blocks that the full engine blocks reach into
-    result = []
-    for chain, limit, depth in zip(chains, num_full.tolist(), depth_of.tolist(), strict=True):
-        if chain is None:
-            result.append(_NO_BLOCKS)
-            continue
-        chain = chain[:depth]
-        starts = base[: len(chain)] + chain * width[: len(chain)]
-        ids = np.repeat(starts, width[: len(chain)])[:limit]
-        ids += np.arange(len(ids), dtype=np.int64)
-        result.append(ids)
-    return result
+    base = np.concatenate(([0], np.cumsum(num_nodes_at * width)))[:-1]
+    num_ids = np.minimum(width[depth], np.repeat(num_full, used) - first[depth])
+    before = np.cumsum(num_ids) - num_ids
+    ids = np.repeat(base[depth] + node * width[depth] - before, num_ids)
+    ids += np.arange(len(ids))
+    ends = np.cumsum(np.minimum(num_full, first[used])).tolist()
+    return [ids[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def _intern_chains(lists: Sequence[list[int] | None]) -> tuple[list[IntArray | None], IntArray]:
-    """For each list, the number of its node among the nodes of the same depth, at every depth; and how many nodes
-    each depth has. Two lists have the same node at depth d exactly where their entries 0 to d are equal.
+def _flat(column: pa.ChunkedArray) -> tuple[npt.NDArray[np.uint64], IntArray]:
+    """All entries of a list column laid end to end, and how many each row has (0 for null)."""
+    lists = column.combine_chunks()
+    counts: IntArray = lists.value_lengths().fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
+    return lists.flatten().to_numpy(), counts
+
+
+def _places(counts: IntArray) -> IntArray:
+    """0 .. count - 1 for each count, laid end to end.
+
+    >>> _places(np.array([2, 0, 3])).tolist()
+    [0, 1, 0, 1, 2]
     """
-    nodes: list[dict[tuple[int, int], int]] = []
-    chains: list[IntArray | None] = []
-    for entries in lists:
-        if entries is None:
-            chains.append(None)
-            continue
-        nodes.extend({} for _ in range(len(entries) - len(nodes)))
-        chain, parent = [], 0
-        for known, entry in zip(nodes, entries, strict=False):
-            parent = known.setdefault((parent, entry), len(known))
-            chain.append(parent)
-        chains.append(np.array(chain, dtype=np.int64))
-    return chains, np.array([len(known) for known in nodes], dtype=np.int64)
+    ends = np.cumsum(counts)
+    places: IntArray = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - counts, counts)
+    return places
 
 
-def _lists(column: pa.ChunkedArray) -> list[list[int] | None]:
-    """The column as Python lists, many times faster than `to_pylist`."""
-    result: list[list[int] | None] = []
-    for chunk in column.chunks:
-        values = chunk.values.to_numpy()
-        bounds = chunk.offsets.to_numpy()
-        valid = chunk.is_valid().to_numpy(zero_copy_only=False)
-        result += [
-            values[start:end].tolist() if ok else None
-            for start, end, ok in zip(bounds[:-1], bounds[1:], valid, strict=True)
-        ]
-    return result
+def _number_nodes(values: npt.NDArray[np.uint64], depth: IntArray) -> IntArray:
+    """Number the nodes of each depth 0, 1, 2, ... in order of first appearance. Two entries are the same node exactly
+    where they and all entries before them in their rows are equal.
+
+    Args:
+        values: entries of all rows, laid end to end.
+        depth: place of each entry in its row.
+    """
+    if not len(values):
+        return _NO_BLOCKS
+    _, seen, name = np.unique(values, return_index=True, return_inverse=True)
+    parent = np.where(depth > 0, np.concatenate(([-1], name[:-1])), -1)
+    if not np.array_equal(parent[seen][name], parent):
+        return _number_reused(values.tolist(), depth.tolist())
+    # Each entry always follows the same one, as hashes of whole prefixes do: equal entries mean equal chains.
+    order = np.lexsort((seen, depth[seen]))
+    number = np.empty(len(seen), dtype=np.int64)
+    number[order] = _places(np.bincount(depth[seen]))
+    return number[name]
+
+
+def _number_reused(values: list[int], depth: list[int]) -> IntArray:
+    """`_number_nodes` where an entry may follow different ones, as ids of single blocks do."""
+    nodes: list[dict[tuple[int, int], int]] = [{} for _ in range(max(depth) + 1)]
+    numbers, parent = [], 0
+    for value, place in zip(values, depth, strict=True):
+        known = nodes[place]
+        parent = known.setdefault((parent if place else 0, value), len(known))
+        numbers.append(parent)
+    return np.array(numbers, dtype=np.int64)

@@ -31,11 +31,19 @@ class ArrayPool:
         num_gpu_blocks: as vLLM counts them, the null block included.
         num_shared_keys: keys below it are looked up by any request; those from it on belong to one request each.
         enable_prefix_caching, reuse_uncached_first: as `BlockPool`'s.
+        counts_evicted: keep `num_evicted`; else its value means nothing.
     """
 
     def __init__(
-        self, num_gpu_blocks: int, *, num_shared_keys: int, enable_prefix_caching: bool, reuse_uncached_first: bool
+        self,
+        num_gpu_blocks: int,
+        *,
+        num_shared_keys: int,
+        enable_prefix_caching: bool,
+        reuse_uncached_first: bool,
+        counts_evicted: bool = True,
     ) -> None:
+        self._counts_evicted = counts_evicted
         self.enable_prefix_caching = enable_prefix_caching
         self._reuse_uncached_first = reuse_uncached_first
         self._num_shared_keys = num_shared_keys
@@ -51,6 +59,7 @@ class ArrayPool:
         self._own_key: dict[int, int] = {}  # block -> own key
         # The free queue: _queue[_head:_tail], with holes.
         self._queue = np.full(4 * num_gpu_blocks + 64, _HOLE, dtype=np.int64)
+        self._places = np.arange(len(self._queue))
         self._position = np.zeros(num_gpu_blocks, dtype=np.int64)
         self._head = self._tail = len(self._queue) // 2 - num_gpu_blocks // 2
         self._append(np.arange(1, num_gpu_blocks))
@@ -97,50 +106,49 @@ class ArrayPool:
 
         The caller has asked `num_free` first: too few is a fault of ours, and an IndexError.
         """
-        if count == 1:
-            return self._allocate_one()
-        if count == 0:
-            return self._queue[:0]
-        blocks = self._take_front(count)
-        keys = self._key[blocks]
-        if self.enable_prefix_caching:
-            self._forget(blocks, keys)
-        self._ref_count[blocks] = 1
-        return blocks
-
-    def _take_front(self, count: int) -> IntArray:
         if count > self.num_free:
             raise IndexError(f"{count} blocks asked of {self.num_free}")
+        if count == 0:
+            return self._queue[:0]
         self.num_free -= count
-        width = count
+        width = count + 8
         while True:
             blocks = self._queue[self._head : min(self._head + width, self._tail)]
             blocks = blocks[blocks >= 0]
             if len(blocks) >= count:
                 break
-            width = 2 * width + 16
+            width = 2 * width
         blocks = blocks[:count]
         self._head = int(self._position[blocks[-1]]) + 1
+        if self.enable_prefix_caching:
+            self._forget(blocks, self._key[blocks])
+        self._ref_count[blocks] = 1
         return blocks
 
-    def _allocate_one(self) -> IntArray:
+    def allocate_one(self) -> int:
+        """`allocate(1)[0]`."""
         if not self.num_free:
             raise IndexError("a block asked of none")
         self.num_free -= 1
         queue, head = self._queue, self._head
-        while queue[head] < 0:
+        block = int(queue[head])
+        while block < 0:
             head += 1
+            block = int(queue[head])
         self._head = head + 1
-        blocks = queue[head : head + 1].copy()
-        block = int(blocks[0])
-        if self._key[block] != NO_KEY:
-            self._forget(blocks, self._key[blocks])
+        key = int(self._key[block])
+        if key >= 0 and not self._copies:
+            self.num_evicted += 1
+            self._block_of[key] = _HOLE
+            self._key[block] = NO_KEY
+        elif key != NO_KEY:
+            self._forget(queue[head : head + 1], self._key[block : block + 1].copy())
         self._ref_count[block] = 1
-        return blocks
+        return block
 
     def _forget(self, blocks: IntArray, keys: IntArray) -> None:
         """These blocks' contents leave the map."""
-        self.num_evicted += len(keys) - int(np.count_nonzero(keys == NO_KEY))
+        self.num_evicted += len(keys) - int(np.count_nonzero(keys == NO_KEY)) if self._counts_evicted else 0
         several = self._is_multiple[keys] if self._copies else None
         self._block_of[keys] = _HOLE
         self._key[blocks] = NO_KEY
@@ -203,13 +211,24 @@ class ArrayPool:
                 blocks = blocks[~uncached]
         self._append(blocks)
 
+    def free_known(self, blocks: IntArray, num_cached: int) -> None:
+        """`free`, for a request of whose blocks the first `num_cached` have a key and the others none."""
+        counts = self._ref_count[blocks] - 1
+        if not self._reuse_uncached_first or counts.any():
+            self.free(blocks)
+            return
+        self._ref_count[blocks] = counts
+        if num_cached < len(blocks):
+            self._prepend(blocks[: num_cached - 1 : -1] if num_cached else blocks[::-1])
+        self._append(blocks[num_cached - 1 :: -1] if num_cached else blocks[:0])
+
     def _append(self, blocks: IntArray) -> None:
         count = len(blocks)
         if self._tail + count > len(self._queue):
             self._recentre()
         tail = self._tail
         self._queue[tail : tail + count] = blocks
-        self._position[blocks] = np.arange(tail, tail + count)
+        self._position[blocks] = self._places[tail : tail + count]
         self._tail = tail + count
         self.num_free += count
 
@@ -219,7 +238,7 @@ class ArrayPool:
             self._recentre()
         head = self._head = self._head - count
         self._queue[head : head + count] = blocks
-        self._position[blocks] = np.arange(head, head + count)
+        self._position[blocks] = self._places[head : head + count]
         self.num_free += count
 
     def _recentre(self) -> None:
@@ -229,7 +248,7 @@ class ArrayPool:
         self._head = len(self._queue) // 2 - len(live) // 2
         self._tail = self._head + len(live)
         self._queue[self._head : self._tail] = live
-        self._position[live] = np.arange(self._head, self._tail)
+        self._position[live] = self._places[self._head : self._tail]
 
     def free_order(self) -> list[int]:
         """The free queue from front to back, for tests."""

@@ -9,6 +9,7 @@ the real pool. Both decide as `KVCacheManager` does (tests/property).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -17,6 +18,23 @@ from kvtwin.sim.config import VllmConfig
 from kvtwin.sim.vllm.array_pool import ArrayPool
 from kvtwin.sim.vllm.counted_pool import CountedPool
 from kvtwin.sim.vllm.request import NO_BLOCKS, IntArray, RequestBook
+
+
+_FEW = 6  # so many blocks are quicker allocated one by one
+
+
+@dataclass(slots=True)
+class _Table:
+    """The blocks of a request.
+
+    Attributes:
+        blocks: room for all it will ever need; the first `count` are there.
+        num_cached: how many the prefix cache has been told of: of the prompt only, until somebody could look up more.
+    """
+
+    blocks: IntArray
+    count: int
+    num_cached: int
 
 
 class BlockTables(Protocol):
@@ -161,7 +179,7 @@ class CountedBlocks:
 
 
 class PooledBlocks:
-    """Blocks of the real pool, with the prefix cache on."""
+    """Blocks of the real pool, with or without the prefix cache."""
 
     def __init__(self, config: VllmConfig, requests: RequestBook, pool: ArrayPool) -> None:
         self._pool, self._requests = pool, requests
@@ -171,10 +189,7 @@ class PooledBlocks:
         self._caching = config.enable_prefix_caching
         # Which decodes need a block at the steps with each remainder, in the order of the running list.
         self._crossing: list[dict[int, None]] = [{} for _ in range(config.block_size)]
-        # A block table: arrays as they were allocated, and the number of blocks in the prefix cache (of prompt
-        # tokens only; output blocks enter when somebody could look them up).
-        self._tables: dict[int, list[IntArray]] = {}
-        self._num_cached: dict[int, int] = {}
+        self._tables: dict[int, _Table] = {}
 
     def num_steps_that_fit(self, step: int, num_decode: int, most: int) -> int:
         """See `BlockTables`."""
@@ -201,70 +216,73 @@ class PooledBlocks:
             rows: Sequence[int] = list(crossing[step % block_size])
         else:
             rows = [row for ahead in range(step, step + count) for row in crossing[ahead % block_size]]
-        if not rows:
+        if len(rows) < _FEW:
+            for row in rows:
+                self.grow_one(row)
             return
-        blocks = self._pool.allocate(len(rows))
-        for place, row in enumerate(rows):
-            self._tables[row].append(blocks[place : place + 1])
+        for row, block in zip(rows, self._pool.allocate(len(rows)).tolist(), strict=True):
+            table = self._tables[row]
+            table.blocks[table.count] = block
+            table.count += 1
 
     def grow_one(self, row: int) -> None:
         """See `BlockTables`."""
-        self._tables[row].append(self._pool.allocate(1))
+        table = self._tables[row]
+        table.blocks[table.count] = self._pool.allocate_one()
+        table.count += 1
 
     def admit(self, row: int, num_tokens: int, budget: int, beside_others: bool) -> tuple[int, int] | None:
         """See `BlockTables`."""
         pool, block_size = self._pool, self._block_size
         hits = pool.lookup(self._keys(row, (num_tokens - 1) // block_size)) if self._caching else NO_BLOCKS
-        cached = len(hits) * block_size
+        num_hits = len(hits)
+        cached = num_hits * block_size
         chunk = num_tokens - cached
         if chunk > budget:
             if not self._chunked:
                 return None
             chunk = budget
-        taken = -(-(cached + chunk) // block_size) - len(hits)
-        needed = -(-num_tokens // block_size) - len(hits) if self._whole else taken
-        needed += pool.num_unreferenced(hits) if len(hits) else 0
+        needed = -(-(num_tokens if self._whole else cached + chunk) // block_size) - num_hits
+        if num_hits:
+            needed += pool.num_unreferenced(hits)
         if needed + (self._watermark if beside_others else 0) > pool.num_free:
             return None
-        if len(hits):
+        requests = self._requests
+        most = -(-(requests.num_prompt_tokens[row] + requests.max_tokens[row]) // block_size)
+        table = self._tables[row] = _Table(np.empty(most, dtype=np.int64), num_hits, num_hits)
+        if num_hits:
             pool.touch(hits)
-        self._tables[row] = [hits]
-        self._num_cached[row] = len(hits)
-        self._take(row, taken, min(cached + chunk, num_tokens))
+            table.blocks[:num_hits] = hits
+        self.extend(row, cached, chunk)
         return cached, chunk
 
     def _keys(self, row: int, num_blocks: int) -> IntArray:
-        request = self._requests.started.get(row)
-        if request is not None:
-            return request.block_keys(0, num_blocks)
-        # Never preempted: nothing that only it could know is cached.
-        return self._requests.prefix_keys[row][:num_blocks] if self._requests.prefix_keys is not None else NO_BLOCKS
-
-    def _take(self, row: int, num_blocks: int, num_computed: int) -> None:
-        """Allocate, and enter the blocks of known tokens that become full into the cache."""
-        blocks = self._pool.allocate(num_blocks)
-        table = self._tables[row]
-        table.append(blocks)
-        if not self._caching:
-            return
-        keys = self._keys(row, num_computed // self._block_size)
-        first, last = self._num_cached[row], len(keys)
-        if first < last:
-            held = sum(map(len, table)) - len(blocks)
-            if first < held:
-                blocks = np.concatenate(table)[first:]
-            else:
-                blocks = blocks[first - held :]
-            self._pool.cache(blocks[: last - first], keys[first:])
-            self._num_cached[row] = last
+        """Names of a request's first blocks, as far as anybody could look them up."""
+        started = self._requests.started
+        if started and row in started:
+            return started[row].block_keys(0, num_blocks)
+        # Never preempted: nobody asks for blocks that only it could know.
+        keys = self._requests.prefix_keys
+        return NO_BLOCKS if keys is None else keys[row][:num_blocks]
 
     def num_missing(self, num_computed: int, num_tokens: int) -> int:
         """See `BlockTables`."""
         return -(-(num_computed + num_tokens) // self._block_size) - -(-num_computed // self._block_size)
 
     def extend(self, row: int, num_computed: int, num_tokens: int) -> None:
-        """See `BlockTables`."""
-        self._take(row, self.num_missing(num_computed, num_tokens), num_computed + num_tokens)
+        """See `BlockTables`; the blocks of known tokens that become full enter the prefix cache."""
+        table, block_size = self._tables[row], self._block_size
+        held = table.count
+        needed = -(-(num_computed + num_tokens) // block_size)
+        if needed > held:
+            table.blocks[held:needed] = self._pool.allocate(needed - held)
+            table.count = needed
+        if self._caching:
+            keys = self._keys(row, (num_computed + num_tokens) // block_size)
+            first, last = table.num_cached, len(keys)
+            if first < last:
+                self._pool.cache(table.blocks[first:last], keys[first:])
+                table.num_cached = last
 
     def join(self, row: int, base: int) -> None:
         """See `BlockTables`."""
@@ -276,22 +294,28 @@ class PooledBlocks:
 
     def release(self, row: int) -> None:
         """See `BlockTables`: the last token is sampled and never computed."""
-        blocks = np.concatenate(self._tables.pop(row))
-        num_cached = self._num_cached.pop(row)
-        if self._caching:
-            num_tokens = self._requests.num_prompt_tokens[row] + self._requests.max_tokens[row] - 1
-            self._pool.mark_own(blocks[num_cached : num_tokens // self._block_size])
-        self._pool.free(blocks)
+        table = self._tables.pop(row)
+        blocks = table.blocks[: table.count]
+        if not self._caching:
+            self._pool.free(blocks)
+            return
+        num_tokens = self._requests.num_prompt_tokens[row] + self._requests.max_tokens[row] - 1
+        num_full = num_tokens // self._block_size
+        self._pool.mark_own(blocks[table.num_cached : num_full])
+        self._pool.free_known(blocks, num_full)
 
     def load(self, row: int, blocks: IntArray, num_cached: int) -> None:
         """See `BlockTables`."""
-        self._tables[row] = [blocks]
-        self._num_cached[row] = num_cached
+        requests = self._requests
+        most = -(-(requests.num_prompt_tokens[row] + requests.max_tokens[row]) // self._block_size)
+        table = self._tables[row] = _Table(np.empty(most, dtype=np.int64), len(blocks), num_cached)
+        table.blocks[: len(blocks)] = blocks
 
     def unload(self, row: int, num_computed: int, num_known: int) -> tuple[IntArray, int]:  # noqa: ARG002
         """See `BlockTables`: output blocks enter the cache under their own names, for the request may come back."""
-        blocks = np.concatenate(self._tables.pop(row))
-        first = self._num_cached.pop(row)
+        table = self._tables.pop(row)
+        blocks = table.blocks[: table.count]
+        first = table.num_cached
         last = num_known // self._block_size if self._caching else 0
         if first < last:
             self._pool.cache(blocks[first:last], self._requests[row].block_keys(first, last))

@@ -100,6 +100,7 @@ class Engine:
             num_shared_keys=requests.num_shared_keys,
             enable_prefix_caching=config.enable_prefix_caching,
             reuse_uncached_first=config.rules.reuse_uncached_first,
+            counts_evicted=self._record_steps,
         )
         times = self._run_jumping(requests, pool, PooledBlocks(config, requests, pool), may_preempt=True)
         assert times is not None
