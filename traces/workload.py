@@ -72,7 +72,8 @@ def prefix_blocks(requests: pa.Table, hash_block_tokens: int | None, block_size:
     num_full = requests.column("input_tokens").to_numpy() // block_size
     used = np.minimum(counts, -(-num_full * block_size // hash_block_tokens))
     depth = _places(counts)
-    values, depth = (column[depth < np.repeat(used, counts)] for column in (values, depth))
+    is_used = depth < np.repeat(used, counts)
+    values, depth = values[is_used], depth[is_used]
     node = _number_nodes(values, depth)
     num_nodes_at = np.zeros(int(used.max(initial=0)), dtype=np.int64)
     np.maximum.at(num_nodes_at, depth, node + 1)

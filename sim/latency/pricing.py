@@ -34,10 +34,12 @@ class Durations(Protocol):
     """
 
     @property
-    def num_steps(self) -> int: ...
+    def num_steps(self) -> int:
+        """See above."""
 
     @property
-    def least_ns(self) -> int: ...
+    def least_ns(self) -> int:
+        """See above."""
 
     def total_ns(self, count: int) -> int:
         """Sum of the first `count` durations."""
@@ -68,7 +70,9 @@ class Pricer(Protocol):
     def step_ns(self, row: tuple[int, ...], step: int) -> int:
         """Duration of one batch: `row` holds its statistics in the order of `stats.COLUMNS`."""
 
-    def stretch(self, num_decode: int, context: int, context_sq: int, context_max: int, most: int, step: int) -> Durations:
+    def stretch(
+        self, num_decode: int, context: int, context_sq: int, context_max: int, most: int, step: int
+    ) -> Durations:
         """Durations of up to `most` steps from `step` on, from the statistics of the first (as in `stats.COLUMNS`)."""
 
 
@@ -92,8 +96,7 @@ class Progression:
         # The stable form of the positive root of slope/2 m^2 + (each - slope/2) m = time.
         linear = each - 0.5 * slope
         count = int(2 * time_ns / (linear + sqrt(linear * linear + 2 * slope * time_ns))) + 1
-        if count > most:
-            count = most
+        count = min(count, most)
         total = count * each + slope * (count * (count - 1) // 2)
         while count > 1:
             before = total - each - slope * (count - 1)
@@ -169,7 +172,15 @@ class LinearPricer:
         time = self._base + self._per_decode * num_decode + self._per_token * tokens + self._per_req * num_prefill
         return max(time + self._per_context * (context + prefix), 1)
 
-    def stretch(self, num_decode: int, context: int, context_sq: int, context_max: int, most: int, step: int) -> Durations:  # noqa: ARG002, E501 - the contract's
+    def stretch(
+        self,
+        num_decode: int,
+        context: int,
+        context_sq: int,
+        context_max: int,
+        most: int,
+        step: int,  # noqa: ARG002 - the contract's
+    ) -> Durations:
         """See `Pricer`."""
         first = self._base + self._per_decode * num_decode + self._per_context * context
         if first >= 1:
@@ -192,7 +203,9 @@ class VectorPricer:
         """See `Pricer`."""
         return int(self._model.step_ns(BatchStats(np.array([row], dtype=np.int64)), step)[0])
 
-    def stretch(self, num_decode: int, context: int, context_sq: int, context_max: int, most: int, step: int) -> Durations:
+    def stretch(
+        self, num_decode: int, context: int, context_sq: int, context_max: int, most: int, step: int
+    ) -> Durations:
         """See `Pricer`."""
         batches = decode_batches((num_decode, context, context_sq, context_max), min(most, MAX_PRICED))
         return Listed(self._model.step_ns(batches, step))

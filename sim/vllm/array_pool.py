@@ -12,8 +12,6 @@ Same decisions in the same order (tests/contract runs both side by side). Three 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import numpy.typing as npt
 
@@ -58,6 +56,7 @@ class ArrayPool:
         self._is_multiple = np.zeros(num_shared_keys + 2, dtype=np.bool_)
         self._own_key: dict[int, int] = {}  # block -> own key
         # The free queue: _queue[_head:_tail], with holes.
+        self._num_holes = 0
         self._queue = np.full(4 * num_gpu_blocks + 64, _HOLE, dtype=np.int64)
         self._places = np.arange(len(self._queue))
         self._position = np.zeros(num_gpu_blocks, dtype=np.int64)
@@ -89,6 +88,10 @@ class ArrayPool:
             return len(keys)
         return int(np.searchsorted(keys >= self._num_shared_keys, True))
 
+    def holds(self, key: int) -> bool:
+        """Whether a shared key is in the map."""
+        return bool(self._block_of[key] >= 0)
+
     def num_unreferenced(self, blocks: IntArray) -> int:
         """How many of these hit blocks lie in the free queue: taking them costs free blocks too."""
         return len(blocks) - int(np.count_nonzero(self._ref_count[blocks]))
@@ -98,6 +101,7 @@ class ArrayPool:
         idle = blocks[self._ref_count[blocks] == 0]
         if len(idle):
             self._queue[self._position[idle]] = _HOLE
+            self._num_holes += len(idle)
             self.num_free -= len(idle)
         self._ref_count[blocks] += 1
 
@@ -111,18 +115,28 @@ class ArrayPool:
         if count == 0:
             return self._queue[:0]
         self.num_free -= count
-        width = count + 8
+        head = self._head
+        blocks = self._queue[head : head + count].copy()
+        if self._num_holes and np.count_nonzero(blocks < 0):
+            blocks = self._take_around_holes(count)
+        else:
+            self._head = head + count
+        if self.enable_prefix_caching:
+            self._forget(blocks, self._key[blocks])
+        self._ref_count[blocks] = 1
+        return blocks
+
+    def _take_around_holes(self, count: int) -> IntArray:
+        head, width = self._head, 2 * count
         while True:
-            blocks = self._queue[self._head : min(self._head + width, self._tail)]
+            blocks = self._queue[head : min(head + width, self._tail)]
             blocks = blocks[blocks >= 0]
             if len(blocks) >= count:
                 break
             width = 2 * width
         blocks = blocks[:count]
         self._head = int(self._position[blocks[-1]]) + 1
-        if self.enable_prefix_caching:
-            self._forget(blocks, self._key[blocks])
-        self._ref_count[blocks] = 1
+        self._num_holes -= self._head - head - count
         return blocks
 
     def allocate_one(self) -> int:
@@ -134,6 +148,7 @@ class ArrayPool:
         block = int(queue[head])
         while block < 0:
             head += 1
+            self._num_holes -= 1
             block = int(queue[head])
         self._head = head + 1
         key = int(self._key[block])
@@ -180,7 +195,7 @@ class ArrayPool:
             blocks, keys = blocks[:num_shared], keys[:num_shared]
         self._key[blocks] = keys
         known = self._block_of[keys] >= 0
-        if known.any():
+        if np.count_nonzero(known):
             for block, key in zip(blocks[known].tolist(), keys[known].tolist(), strict=True):
                 self._copies.setdefault(key, {int(self._block_of[key]): None})[block] = None
                 self._is_multiple[key] = True
@@ -199,28 +214,24 @@ class ArrayPool:
 
     def free(self, blocks: IntArray) -> None:
         """Give back a request's blocks, from its last to its first; see `BlockPool.free`."""
-        blocks = blocks[::-1]
-        counts = self._ref_count[blocks] - 1
-        self._ref_count[blocks] = counts
-        if counts.any():
-            blocks = blocks[counts == 0]
-        if self._reuse_uncached_first:
-            uncached = self._key[blocks] == NO_KEY
-            if uncached.any():
-                self._prepend(blocks[uncached])
-                blocks = blocks[~uncached]
-        self._append(blocks)
+        cached = self._key[blocks] != NO_KEY
+        self._free(blocks[cached], blocks[~cached]) if self._reuse_uncached_first else self._free(blocks, blocks[:0])
 
     def free_known(self, blocks: IntArray, num_cached: int) -> None:
         """`free`, for a request of whose blocks the first `num_cached` have a key and the others none."""
-        counts = self._ref_count[blocks] - 1
-        if not self._reuse_uncached_first or counts.any():
-            self.free(blocks)
-            return
-        self._ref_count[blocks] = counts
-        if num_cached < len(blocks):
-            self._prepend(blocks[: num_cached - 1 : -1] if num_cached else blocks[::-1])
-        self._append(blocks[num_cached - 1 :: -1] if num_cached else blocks[:0])
+        if not self._reuse_uncached_first:
+            num_cached = len(blocks)
+        self._free(blocks[:num_cached], blocks[num_cached:])
+
+    def _free(self, to_back: IntArray, to_front: IntArray) -> None:
+        counts = self._ref_count[to_back] - 1
+        self._ref_count[to_back] = counts
+        if np.count_nonzero(counts):  # others still have them
+            to_back = to_back[counts == 0]
+        if len(to_front):  # without a key, so nobody else has them
+            self._ref_count[to_front] = 0
+            self._prepend(to_front[::-1])
+        self._append(to_back[::-1])
 
     def _append(self, blocks: IntArray) -> None:
         count = len(blocks)
@@ -248,6 +259,7 @@ class ArrayPool:
         self._head = len(self._queue) // 2 - len(live) // 2
         self._tail = self._head + len(live)
         self._queue[self._head : self._tail] = live
+        self._num_holes = 0
         self._position[live] = self._places[self._head : self._tail]
 
     def free_order(self) -> list[int]:
@@ -268,5 +280,3 @@ class ArrayPool:
             own = key >= self._num_shared_keys
             keys = [self._own_key.get(block) if own else int(self._key[block]) for block in copies]
             assert all(name == key for name in keys), f"key {key}"
-
-

@@ -29,7 +29,8 @@ class Pool(Protocol):
     num_evicted: int
 
     @property
-    def num_free(self) -> int: ...
+    def num_free(self) -> int:
+        """See above."""
 
     def lookup(self, keys: IntArray) -> IntArray:
         """Blocks of the longest cached prefix of `keys`. Changes nothing."""

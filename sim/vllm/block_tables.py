@@ -19,7 +19,6 @@ from kvtwin.sim.vllm.array_pool import ArrayPool
 from kvtwin.sim.vllm.counted_pool import CountedPool
 from kvtwin.sim.vllm.request import NO_BLOCKS, IntArray, RequestBook
 
-
 _FEW = 6  # so many blocks are quicker allocated one by one
 
 
@@ -153,7 +152,7 @@ class CountedBlocks:
         """See `BlockTables`."""
         return -(-(num_computed + num_tokens) // self._block_size) - -(-num_computed // self._block_size)
 
-    def extend(self, row: int, num_computed: int, num_tokens: int) -> None:
+    def extend(self, row: int, num_computed: int, num_tokens: int) -> None:  # noqa: ARG002
         """See `BlockTables`."""
         self._pool.num_free -= self.num_missing(num_computed, num_tokens)
 
@@ -190,6 +189,10 @@ class PooledBlocks:
         # Which decodes need a block at the steps with each remainder, in the order of the running list.
         self._crossing: list[dict[int, None]] = [{} for _ in range(config.block_size)]
         self._tables: dict[int, _Table] = {}
+        # The request refused last for want of blocks: its first key that was not cached (None if all were), and the
+        # blocks that it needs beside its hits.
+        self._refused_row, self._refused_blocks = -1, 0
+        self._refused_key: int | None = None
 
     def num_steps_that_fit(self, step: int, num_decode: int, most: int) -> int:
         """See `BlockTables`."""
@@ -234,7 +237,10 @@ class PooledBlocks:
     def admit(self, row: int, num_tokens: int, budget: int, beside_others: bool) -> tuple[int, int] | None:
         """See `BlockTables`."""
         pool, block_size = self._pool, self._block_size
-        hits = pool.lookup(self._keys(row, (num_tokens - 1) // block_size)) if self._caching else NO_BLOCKS
+        if row == self._refused_row and self._is_refused_still(beside_others):
+            return None
+        keys = self._keys(row, (num_tokens - 1) // block_size) if self._caching else NO_BLOCKS
+        hits = pool.lookup(keys)
         num_hits = len(hits)
         cached = num_hits * block_size
         chunk = num_tokens - cached
@@ -246,7 +252,12 @@ class PooledBlocks:
         if num_hits:
             needed += pool.num_unreferenced(hits)
         if needed + (self._watermark if beside_others else 0) > pool.num_free:
+            if self._whole and row not in self._requests.started:
+                self._refused_row = row
+                self._refused_key = int(keys[num_hits]) if num_hits < len(keys) else None
+                self._refused_blocks = -(-num_tokens // block_size) - num_hits
             return None
+        self._refused_row = -1
         requests = self._requests
         most = -(-(requests.num_prompt_tokens[row] + requests.max_tokens[row]) // block_size)
         table = self._tables[row] = _Table(np.empty(most, dtype=np.int64), num_hits, num_hits)
@@ -255,6 +266,13 @@ class PooledBlocks:
             table.blocks[:num_hits] = hits
         self.extend(row, cached, chunk)
         return cached, chunk
+
+    def _is_refused_still(self, beside_others: bool) -> bool:
+        """Whether the request refused last needs no new look: it hits no more than it did, and would not fit even if
+        all that it hits were in use by others already."""
+        if self._refused_key is not None and self._pool.holds(self._refused_key):
+            return False
+        return self._refused_blocks + (self._watermark if beside_others else 0) > self._pool.num_free
 
     def _keys(self, row: int, num_blocks: int) -> IntArray:
         """Names of a request's first blocks, as far as anybody could look them up."""

@@ -269,8 +269,7 @@ class JumpLoop:
         if self._asynchronous:
             batch, self.pending = self.pending, batch
         if batch:
-            now_ns = self.now_ns
-            self.now_ns = batch.end_ns if batch.end_ns > now_ns else now_ns
+            self.now_ns = max(self.now_ns, batch.end_ns)
             if self._host_takes_time:
                 self.now_ns += self._host.update(batch.num_reqs)
             self._take_in(batch)
@@ -405,8 +404,7 @@ class JumpLoop:
         sched_ns, num_reqs, start_ns = self.now_ns, num_decode + num_prefill, self.device_free_ns
         if self._host_takes_time:
             self.now_ns += self._host.schedule(num_reqs)
-        if self.now_ns > start_ns:
-            start_ns = self.now_ns
+        start_ns = max(start_ns, self.now_ns)
         end_ns = start_ns + duration_ns
         self.device_free_ns = end_ns + self._gap_ns
         return Batch(sched_ns, start_ns, end_ns, num_reqs, chunks, [], [])
@@ -498,8 +496,7 @@ class JumpLoop:
                 return self._step()
         longest = self._longest_context() if self._needs_spread else 0
         durations = self._pricer.stretch(num_decode, context, self._context_sq, longest, most, step)
-        if durations.num_steps < most:
-            most = durations.num_steps
+        most = min(most, durations.num_steps)
         pending = self.pending
         before = self._moment() if self._log is not None else None
         if pending:
@@ -533,8 +530,7 @@ class JumpLoop:
             schedule_ns, update_ns = self._host.schedule(self.num_decode), self._host.update(self.num_decode)
             start_ns += schedule_ns
             between_ns = max(between_ns, update_ns + schedule_ns)  # from one step's end to the next one's start
-        if self.device_free_ns > start_ns:
-            start_ns = self.device_free_ns
+        start_ns = max(start_ns, self.device_free_ns)
         # With no arrival to come, the time is never reached and all steps are taken.
         until_ns = self._next_arrival_ns - update_ns - start_ns + between_ns
         count, total_ns = durations.reach(until_ns, between_ns, most)
@@ -554,13 +550,14 @@ class JumpLoop:
             launched_ns = now_ns + schedule_ns
             start_ns = max(start_ns, launched_ns)
             now_ns = max(launched_ns, pending.end_ns) + self._host.update(pending.num_reqs)
-            if now_ns + schedule_ns > start_ns + durations.least_ns or durations.least_ns + gap_ns < update_ns + schedule_ns:
+            if (
+                now_ns + schedule_ns > start_ns + durations.least_ns
+                or durations.least_ns + gap_ns < update_ns + schedule_ns
+            ):
                 most = 1  # the host is the slower one: step by step
         else:
-            if now_ns > start_ns:
-                start_ns = now_ns
-            if pending.end_ns > now_ns:
-                now_ns = pending.end_ns
+            start_ns = max(start_ns, now_ns)
+            now_ns = max(now_ns, pending.end_ns)
         self.now_ns = now_ns
         self._take_in(pending)
         count = 1

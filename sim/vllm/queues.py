@@ -36,7 +36,7 @@ class FcfsQueue(deque[int]):
     """First come, first served; a preempted request goes to the front."""
 
     put_back = deque.appendleft
-    pop = deque.popleft  # type: ignore[assignment]
+    pop = deque.popleft
 
     def peek(self) -> int:
         """The row at the front."""

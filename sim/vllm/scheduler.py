@@ -141,7 +141,7 @@ class VllmScheduler:
         return victim, index
 
     def _schedule_waiting(self, call: _Call) -> None:
-        passed_over = []
+        passed_over: list[int] = []
         while self.waiting and call.budget > 0 and len(self.running) < self.config.max_num_seqs:
             request = self._requests[self.waiting.peek()]
             if request.num_stale_output_tokens:
@@ -158,8 +158,8 @@ class VllmScheduler:
             request.status = Status.RUNNING
             self.running.append(request)
             call.take(request, num_new_tokens)
-        for request in reversed(passed_over):
-            self.waiting.put_back(request)
+        for row in reversed(passed_over):
+            self.waiting.put_back(row)
 
     def _admission(self, request: Request, call: _Call) -> tuple[int, IntArray] | None:
         """New tokens and prefix hits with which a waiting request would be admitted now; None if it does not fit."""
