@@ -1,22 +1,27 @@
-"""`kvtwin calibrate`: recordings with steps, or kernel tables, to a Profile."""
+"""`kvtwin calibrate`: recordings with steps, request logs, or kernel tables, to a Profile."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
+from kvtwin.calibrate.tables import cli as tables
 from kvtwin.traces.errors import InputError
 
 if TYPE_CHECKING:  # the command imports what it needs, so that `kvtwin --help` starts at once
+    from kvtwin.calibrate.logs import Log
     from kvtwin.calibrate.models import ModelSpec
     from kvtwin.sim.latency.profile import Profile
     from kvtwin.traces.readers.llmservingsim_profile import KernelProfile
+    from kvtwin.traces.run import Run
 
+_EVIDENCE: Final = ("steps", "requests")
 _KERNEL_OPTIONS: Final = ("model", "tensor_parallel_size", "collectives", "layers", "max_model_len", "enforce_eager")
+_RUN_OPTIONS: Final = ("evidence", "plots", "engine", "workload")
 _PROGRESS_AFTER_S: Final = 1.0
 
 
@@ -24,18 +29,37 @@ def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
     """Add `calibrate`."""
     parser = subparsers.add_parser(
         "calibrate",
-        help="fit step latency to recorded steps or kernel tables",
-        description="Fit a step-latency profile. SAMPLES are recordings with steps (one engine, one hardware), or one "
-        "folder of kernel tables (meta.yaml, tpN/*.csv).",
+        help="fit step latency to recorded steps, request logs or kernel tables",
+        description="Fit a step-latency profile. SAMPLES are recordings with steps (one engine, one hardware), one "
+        "folder of kernel tables (meta.yaml, tpN/*.csv), or table files of operator or step times.",
     )
-    parser.add_argument("samples", type=Path, nargs="+", metavar="SAMPLES", help="run or recording folders; or one")
+    parser.add_argument("samples", type=Path, nargs="+", metavar="SAMPLES", help="recordings, or tables")
     parser.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="PROFILE", help="JSON file to write; must not exist"
+        "-o", "--output", type=Path, metavar="PROFILE", help="JSON file to write; must not exist (not with --diff)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap intervals (default: 0)")
     parser.add_argument("--json", action="store_true", help="print accuracy, host time and provenance as one document")
+    parser.add_argument("--diff", action="store_true", help="compare two profiles: what changed, and by how much")
+    _add_run_options(parser.add_argument_group("recordings only"))
     _add_kernel_options(parser.add_argument_group("kernel tables only"))
+    tables.add_options(parser.add_argument_group("table files only"))
     parser.set_defaults(run=_run)
+
+
+def _add_run_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--from", dest="evidence", choices=_EVIDENCE, help="what to fit to (default: steps where every run has them)"
+    )
+    group.add_argument(
+        "--test", type=Path, nargs="+", default=[], metavar="RUN", help="runs (or tables) that only judge the fit"
+    )
+    group.add_argument("--plots", type=Path, metavar="HTML", help="page of parity, residuals, errors, learning curve")
+    group.add_argument(
+        "--engine", type=Path, metavar="ENGINE", help="request logs: engine settings beyond what the log says (TOML)"
+    )
+    group.add_argument(
+        "--workload", type=Path, metavar="FILE", help="request logs: what was sent, for the prompts' shared prefixes"
+    )
 
 
 def _add_kernel_options(group: argparse._ArgumentGroup) -> None:
@@ -53,32 +77,60 @@ def _run(args: argparse.Namespace) -> int:
     from kvtwin.traces.readers.text import find_optional
     from kvtwin.traces.run import refuse_existing
 
-    refuse_existing(args.output)
+    if args.diff:
+        return _diff(args)
+    if args.output is None:
+        raise InputError("-o PROFILE is missing: name the file to write")
+    for path in filter(None, (args.output, args.plots)):
+        refuse_existing(path)
     kernel_folders = [path for path in args.samples if path.is_dir() and find_optional(path, "meta.yaml") is not None]
     if kernel_folders and len(args.samples) > 1:
         raise InputError("kernel tables are calibrated alone: give this one folder only", path=kernel_folders[0])
-    profile = _from_kernels(args) if kernel_folders else _from_steps(args)
+    table_files = [path for path in args.samples if tables.is_table(path)]
+    if table_files and len(table_files) < len(args.samples):
+        raise InputError("a table, and other samples are none: calibrate them one by one", path=table_files[0])
+    if table_files:
+        profile = _from_tables(args)
+    else:
+        _refuse_options(args, tables.OPTIONS, "is for table files of operator or step times")
+        profile = _from_kernels(args) if kernel_folders else _from_runs(args)
     profile.write(args.output)
     if args.json:
         found = {"accuracy": profile.accuracy, "host": asdict(profile.host), "provenance": profile.provenance}
         print(json.dumps({"profile": str(args.output), **found}, allow_nan=False))
     else:
-        print(_as_text(profile))
+        from kvtwin.calibrate.summary import as_text
+
+        print(tables.as_text(profile) if profile.kind == tables.KIND else as_text(profile))
         print(f"written to {args.output}")
     return 0
 
 
-def _from_steps(args: argparse.Namespace) -> Profile:
+def _from_tables(args: argparse.Namespace) -> Profile:
+    _refuse_options(args, (*_KERNEL_OPTIONS, *_RUN_OPTIONS), "is not for table files")
+    return tables.from_tables(args)
+
+
+def _diff(args: argparse.Namespace) -> int:
+    from kvtwin.calibrate.diff import as_text, diff_profiles
+    from kvtwin.sim.latency.profile import read_profile
+
+    if len(args.samples) != 2:
+        raise InputError(f"--diff compares two profiles: {len(args.samples)} given")
+    found = diff_profiles(*(read_profile(path) for path in args.samples))
+    print(json.dumps(found, allow_nan=False) if args.json else as_text(found))
+    return 0
+
+
+def _from_runs(args: argparse.Namespace) -> Profile:
+    """Recordings: their steps, or where they have none (or it is asked for) their requests."""
     from tqdm import tqdm
 
-    from kvtwin.calibrate.steps import STAGES, calibrate_steps
+    from kvtwin.calibrate import logs, steps
     from kvtwin.traces.readers import read_run
 
-    given = [name for name in _KERNEL_OPTIONS if getattr(args, name) is not None]
-    if given:
-        option = given[0].replace("_", "-")
-        raise InputError(f"--{option} is for kernel tables (a folder with meta.yaml)", path=args.samples[0])
-    total = len(args.samples) + len(STAGES)
+    _refuse_options(args, _KERNEL_OPTIONS, "is for kernel tables (a folder with meta.yaml)")
+    total = len(args.samples) + len(args.test) + max(len(steps.STAGES), len(logs.stages(len(args.samples))))
     # disable=None: silent when stderr is not a terminal.
     with tqdm(total=total, delay=_PROGRESS_AFTER_S, disable=None, leave=False, unit="stage") as bar:
 
@@ -86,11 +138,50 @@ def _from_steps(args: argparse.Namespace) -> Profile:
             bar.set_description(stage, refresh=False)
             bar.update()
 
-        runs = []
-        for path in args.samples:
+        def read(path: Path) -> Run:
             tell(f"reading {path.name}")
-            runs.append(read_run(path))
-        return calibrate_steps(runs, seed=args.seed, progress=tell)
+            return read_run(path)
+
+        runs, test = ([read(path) for path in paths] for paths in (args.samples, args.test))
+        evidence = args.evidence or ("steps" if all(run.has("steps") for run in runs) else "requests")
+        if evidence == "steps":
+            return _from_steps(args, runs, test, tell)
+        _refuse_options(args, ("test", "plots"), "needs steps; request logs are judged on their later half")
+        return logs.calibrate_logs([_log(args, run) for run in runs], seed=args.seed, progress=tell)
+
+
+def _from_steps(args: argparse.Namespace, runs: list[Run], test: list[Run], tell: Callable[[str], None]) -> Profile:
+    from kvtwin.calibrate.steps import calibrate_steps
+
+    _refuse_options(args, ("engine", "workload"), "is for request logs (--from requests)")
+    profile = calibrate_steps(runs, test=test, seed=args.seed, progress=tell)
+    if args.plots:
+        from kvtwin.calibrate.plots import write_plots
+
+        write_plots(runs, profile, args.plots, seed=args.seed)
+    return profile
+
+
+def _refuse_options(args: argparse.Namespace, names: Sequence[str], reason: str) -> None:
+    given = [name for name in names if getattr(args, name) not in (None, [])]
+    if given:
+        raise InputError(f"--{given[0].replace('_', '-')} {reason}", path=args.samples[0])
+
+
+def _log(args: argparse.Namespace, run: Run) -> Log:
+    """A run as a request log: its engine as recorded, overruled by --engine; its prompts as sent."""
+    from kvtwin.calibrate.logs import Log
+    from kvtwin.sim.config import read_settings, recorded_settings, vllm_config
+    from kvtwin.traces.readers import read_run
+    from kvtwin.traces.workload import with_prompts
+
+    settings = recorded_settings(run.info.engine_config)
+    if run.info.engine and run.info.engine.startswith("vllm "):
+        settings["version"] = run.info.engine.removeprefix("vllm ")
+    given = read_settings(args.engine) if args.engine else {}
+    settings |= {name: value for name, value in given.items() if value is not None}
+    config = vllm_config(settings, args.engine or run.path or args.samples[0])
+    return Log.of(with_prompts(run, read_run(args.workload) if args.workload else None), config)
 
 
 def _from_kernels(args: argparse.Namespace) -> Profile:
@@ -121,41 +212,3 @@ def _model(args: argparse.Namespace, kernels: KernelProfile) -> ModelSpec:
         raise InputError("meta.yaml does not name the model: give it with --model", path=kernels.path)
     model = model_spec(name)
     return replace(model, num_hidden_layers=args.layers) if args.layers else model
-
-
-# ---- for people ----------------------------------------------------------------------------------------------
-
-
-def _as_text(profile: Profile) -> str:
-    """The hold-out errors as an aligned table, and what else to know before using the profile."""
-    what = ", ".join(filter(None, (profile.engine, profile.model, profile.hardware)))
-    summaries = {name: found for name, found in profile.accuracy.items() if found.get("mape") is not None}
-    floors = {name: found for name, found in profile.accuracy.items() if "step_mape" in found}
-    width = max(map(len, summaries), default=0)
-    lines = [f"{profile.kind} profile of {what or 'an unnamed engine'}", ""]
-    lines.append(
-        f"{'held out':{width}} {'n':>7} {'MAPE':>7} {'95 % interval':>16} {'bias':>7} {'p50':>7} {'p90':>7} {'p99':>7}"
-    )
-    lines += [f"{name:{width}} {_row(found)}" for name, found in summaries.items()]
-    lines.append("")
-    lines += [f"{name}: {_floor(found)}" for name, found in floors.items()]
-    lines.append(f"host time: {_host(profile)}")
-    features = profile.provenance.get("features")
-    lines += [f"features: {features}"] if features else []
-    return "\n".join(lines)
-
-
-def _row(found: Mapping[str, Any]) -> str:
-    low, high = found["interval"] or (None, None)
-    interval = "" if low is None else f"{low:.1%} .. {high:.1%}"
-    sizes = " ".join(f"{found[name]:7.1%}" for name in ("p50", "p90", "p99"))
-    return f"{found['n']:7,} {found['mape']:7.1%} {interval:>16} {found['bias']:+7.1%} {sizes}"
-
-
-def _floor(found: Mapping[str, Any]) -> str:
-    return f"MAPE {found['step_mape']:.1%} between alike steps; speed differs by up to {found['drift']:.2f} x"
-
-
-def _host(profile: Profile) -> str:
-    values = {name.removesuffix("_ns"): value for name, value in asdict(profile.host).items() if value}
-    return ", ".join(f"{name} {value / 1e3:,.1f} us" for name, value in values.items()) or "none"

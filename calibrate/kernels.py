@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -14,11 +14,15 @@ from kvtwin.calibrate.accuracy import summarize
 from kvtwin.calibrate.flash_attention import first_unsplit, piece_tokens
 from kvtwin.calibrate.gpus import GpuSpec, gpu_spec
 from kvtwin.calibrate.models import ModelSpec
+from kvtwin.calibrate.tables.calibrate import Fitted, fit_samples
+from kvtwin.calibrate.tables.checks import MIN_ROWS
+from kvtwin.calibrate.tables.choice import report
 from kvtwin.sim.latency.composed import ComposedLatency
 from kvtwin.sim.latency.grid import FloatArray, Grid
 from kvtwin.sim.latency.profile import Profile
 from kvtwin.traces.errors import InputError
 from kvtwin.traces.readers.llmservingsim_profile import KernelProfile
+from kvtwin.traces.readers.optable import plain_samples
 
 # Dense operators by how often a layer runs them; `layernorm` stands before attention and before the MLP.
 _PER_LAYER: Final = {
@@ -43,6 +47,7 @@ _MAX_SPREAD: Final = 0.7
 _SPREAD_BINS: Final = (0.0, 0.2, 0.35, _MAX_SPREAD)
 _MIN_SKEW_CONTEXT: Final = 512  # below it the difference is smaller than the timer's noise
 _MAX_SKEW_PREFIX: Final = 1024  # a long prefix of the prefill hides the decodes' tail
+_QUERY_TILE: Final = 64.0  # rows of queries per thread block of FlashAttention-2's paged kernel
 # A piece of context (per thread block) longer than most requests' contexts: in effect nothing is split.
 _LONG_PIECE: Final = 2048
 
@@ -101,7 +106,7 @@ def calibrate_kernels(
         launch_gap_us=LAUNCH_GAP_US,
         tokens=_token_parts(kernels, model, collectives),
         sequences=_by_size(kernels.per_sequence, "sequences", {"lm_head": 1.0, "sampler": 1.0}, kernels),
-        **_attention_grids(attention, kernels),
+        **_attention_grids(attention, kernels, model),
         **_unevenness(kernels, unsplit),
     )
     return Profile(
@@ -112,7 +117,7 @@ def calibrate_kernels(
         engine=f"vllm {kernels.meta.get('vllm_version')}",
         tensor_parallel_size=kernels.tensor_parallel_size,
         domain=_domain(attention, kernels),
-        accuracy=kernel_accuracy(kernels, seed=seed),
+        accuracy=kernel_accuracy(kernels, model, seed=seed),
         provenance={
             "source": kernels.source,
             "digest": kernels.digest,
@@ -149,17 +154,40 @@ def _token_parts(kernels: KernelProfile, model: ModelSpec, collectives: pa.Table
 
 
 def _by_size(table: pa.Table, size: str, weights: Mapping[str, float], kernels: KernelProfile) -> Grid:
-    """Sum of weighted operators by size, on the union of their sizes."""
-    data = _Table.of(table)
-    axis = np.unique(data.columns[size])
-    total = np.zeros(len(axis))
-    for name, weight in weights.items():
-        rows = data.where(data.layer == name)
-        if not len(rows):
-            raise InputError(f"no operator {name!r} in the kernel tables", path=kernels.path)
-        order = np.argsort(rows.columns[size])
-        total += weight * np.interp(axis, rows.columns[size][order], rows.time_us[order])
+    """Sum of weighted operators by size, on the union of their sizes and of the ends of the tiles that they fill."""
+    fitted = {name: _fitted_layer(table, size, name, kernels) for name in weights}
+    axis = np.unique(np.concatenate([sizes for sizes, _ in fitted.values()]))
+    total = sum((weight * fitted[name][1](axis) for name, weight in weights.items()), np.zeros(len(axis)))
     return Grid([axis.tolist()], total)
+
+
+def _fitted_layer(
+    table: pa.Table, size: str, name: str, kernels: KernelProfile
+) -> tuple[FloatArray, Callable[[FloatArray], FloatArray]]:
+    """One operator: sizes where its time bends, and its time by size.
+
+    With enough rows, the candidate that predicts left-out sizes best (`tables/`): a matrix product's time goes up in
+    steps, one per tile of rows, which a straight line between two measured sizes cuts. Else that straight line.
+    """
+    data = _Table.of(table)
+    rows = data.where(data.layer == name)
+    if not len(rows):
+        raise InputError(f"no operator {name!r} in the kernel tables", path=kernels.path)
+    order = np.argsort(rows.columns[size])
+    sizes, times = rows.columns[size][order].astype(np.float64), rows.time_us[order]
+    if len(rows) < MIN_ROWS:
+        return sizes, lambda axis: np.interp(axis, sizes, times)
+    model = fit_samples(plain_samples(name, "tokens", {"num_tokens": sizes}, times), None).model
+    tiles = model.bank.steps.get("num_tokens", ()) if model.bank is not None else ()
+    return _with_tile_ends(sizes, tiles), lambda axis: model.time_us({"num_tokens": axis})
+
+
+def _with_tile_ends(axis: FloatArray, tiles: Sequence[float]) -> FloatArray:
+    """The axis, and the last row of each tile and the first of the next between its ends."""
+    ends = [np.arange(tile, axis[-1], tile) for tile in tiles]
+    nodes = np.unique(np.concatenate([axis, *ends, *(end + 1 for end in ends)]))
+    inside: FloatArray = nodes[(nodes >= axis[0]) & (nodes <= axis[-1])]
+    return inside
 
 
 def _moe(table: _Table, model: ModelSpec, kernels: KernelProfile) -> Grid:
@@ -194,7 +222,7 @@ def _all_reduces(collectives: pa.Table | None, model: ModelSpec, num_gpus: int, 
     return Grid([tokens.tolist()], 2 * model.num_hidden_layers * np.maximum(by_size(message_bytes), 0.0))
 
 
-def _attention_grids(table: _Table, kernels: KernelProfile) -> dict[str, Grid]:
+def _attention_grids(table: _Table, kernels: KernelProfile, model: ModelSpec) -> dict[str, Grid]:
     """Decode, prefill and increment grids of one layer (see `sim/latency/composed.py`)."""
     decode = table.where(table.prefill_chunk == 0)
     prefill = table.where(table.n_decode == 0)
@@ -202,12 +230,35 @@ def _attention_grids(table: _Table, kernels: KernelProfile) -> dict[str, Grid]:
     for name, part in (("decode", decode), ("prefill", prefill), ("mixed", mixed)):
         if len(part) < 4:
             raise InputError(f"attention.csv has {len(part)} {name} rows: too few to interpolate", path=kernels.path)
-    prefill_grid = _filled([prefill.prefill_chunk, prefill.kv_prefill], prefill.time_us)
+    prefill_grid = _prefill_grid(prefill, kernels, model)
     return {
         "decode": _filled([decode.n_decode, decode.kv_decode], decode.time_us),
         "prefill": prefill_grid,
         "increment": _increment(mixed, prefill_grid),
     }
+
+
+def _prefill_grid(prefill: _Table, kernels: KernelProfile, model: ModelSpec) -> Grid:
+    """Attention of one prefill by (chunk, prefix), with the steps of its thread blocks between measured chunks."""
+    if len(prefill) < MIN_ROWS:
+        return _filled([prefill.prefill_chunk, prefill.kv_prefill], prefill.time_us)
+    found = _fitted_prefill(prefill, kernels, model).model
+    chunks = _with_tile_ends(np.unique(prefill.prefill_chunk).astype(np.float64), (_QUERY_TILE,))
+    prefixes = np.unique(prefill.kv_prefill).astype(np.float64)
+    chunk, prefix = (values.ravel() for values in np.meshgrid(chunks, prefixes, indexing="ij"))
+    times = found.time_us({"chunk": chunk, "prefix": prefix})
+    return Grid([chunks.tolist(), prefixes.tolist()], times.reshape(len(chunks), len(prefixes)))
+
+
+def _fitted_prefill(prefill: _Table, kernels: KernelProfile, model: ModelSpec) -> Fitted:
+    degree = kernels.tensor_parallel_size
+    heads = {
+        "num_heads": float(max(model.num_attention_heads // degree, 1)),
+        "num_key_value_heads": float(max(model.num_key_value_heads // degree, 1)),
+    }
+    load = {"chunk": prefill.prefill_chunk, "prefix": prefill.kv_prefill}
+    samples = plain_samples("prefill attention", "prefill_attention", load, prefill.time_us, constants=heads)
+    return fit_samples(samples, str(kernels.meta.get("gpu") or kernels.meta.get("hardware") or ""))
 
 
 def _increment(mixed: _Table, prefill: Grid) -> Grid:
@@ -353,11 +404,11 @@ def _domain(attention: _Table, kernels: KernelProfile) -> dict[str, tuple[float,
     }
 
 
-def kernel_accuracy(kernels: KernelProfile, *, seed: int) -> dict[str, Any]:
+def kernel_accuracy(kernels: KernelProfile, model: ModelSpec, *, seed: int) -> dict[str, Any]:
     """Hold-out error of each table: whole inner rows (context lengths, chunks, sizes) left out in turn.
 
-    Every second inner grid value is predicted from a grid without it; never a random cell, which its
-    neighbours of the same row would give away.
+    Grids: every second inner value is predicted from a grid without it; never a random cell, which its neighbours of
+    the same row would give away. Prefills and the largest matrix product: as `tables/holdout.py` does it.
     """
     attention = _Table.of(kernels.attention)
     decode = attention.where(attention.prefill_chunk == 0)
@@ -372,16 +423,24 @@ def kernel_accuracy(kernels: KernelProfile, *, seed: int) -> dict[str, Any]:
     )
     samples = {
         "decode attention, context held out": ([decode.n_decode, decode.kv_decode], decode.time_us, 1),
-        "prefill attention, prefix held out": ([prefill.prefill_chunk, prefill.kv_prefill], prefill.time_us, 1),
-        "prefill attention, chunk held out": ([prefill.prefill_chunk, prefill.kv_prefill], prefill.time_us, 0),
+        "decode attention, number of decodes held out": ([decode.n_decode, decode.kv_decode], decode.time_us, 0),
         "mixed attention, context held out": (shape, mixed.time_us, 3),
         "mixed attention, chunk held out": (shape, mixed.time_us, 0),
-        "largest GEMM, tokens held out": ([gemm.tokens], gemm.time_us, 0),
     }
-    return {
+    found = {
         name: _held_out(coordinates, times, dimension, seed)
         for name, (coordinates, times, dimension) in samples.items()
     }
+    fitted: dict[str, tuple[Fitted, tuple[str, ...]]] = {
+        "prefill attention": (_fitted_prefill(prefill, kernels, model), ("prefix", "chunk"))
+    }
+    product = plain_samples("largest GEMM", "tokens", {"num_tokens": gemm.tokens}, gemm.time_us)
+    fitted["largest GEMM"] = (fit_samples(product, None), ("num_tokens",))
+    for name, (one, axes) in fitted.items():
+        for axis in axes:
+            part = report([(one.samples, one.held, one.choice.name)], axis, seed=seed)
+            found[f"{name}, {axis.removeprefix('num_')} held out"] = part or {"n": 0}
+    return found | _uneven_accuracy(kernels, attention, seed=seed) | _repeats(kernels, attention)
 
 
 def _held_out(coordinates: Sequence[npt.NDArray[Any]], times: FloatArray, dimension: int, seed: int) -> dict[str, Any]:
@@ -392,3 +451,62 @@ def _held_out(coordinates: Sequence[npt.NDArray[Any]], times: FloatArray, dimens
     grid = _filled([axis[~left_out] for axis in coordinates], times[~left_out])
     predicted = grid(*(axis[left_out] for axis in coordinates))
     return summarize(times[left_out], predicted, groups=coordinates[dimension][left_out], seed=seed)
+
+
+def _uneven_accuracy(kernels: KernelProfile, attention: _Table, *, seed: int) -> dict[str, Any]:
+    """Decodes of unequal contexts: slopes fitted without whole batch sizes, or whole short contexts, in turn.
+
+    What equal contexts cost comes from attention.csv, as in the composed step, so its interpolation errors count too.
+    """
+    if kernels.skew is None:
+        return {}
+    skew = _Table.of(kernels.skew)
+    pure = skew.where((skew.pc == 0) & (skew.nb < skew.n))
+    pure_decode = attention.where(attention.prefill_chunk == 0)
+    decode = _filled([pure_decode.n_decode, pure_decode.kv_decode], pure_decode.time_us)
+    return {
+        f"uneven decode attention, {what} held out": _uneven_held_out(pure, pure.columns[name], decode, seed)
+        for name, what in (("n", "number of decodes"), ("kvs", "context"))
+    }
+
+
+def _uneven_held_out(pure: _Table, axis: npt.NDArray[Any], decode: Grid, seed: int) -> dict[str, Any]:
+    predicted = np.full(len(pure), np.nan)
+    for value in np.unique(axis)[1:-1]:
+        left_out = axis == value
+        slopes = _slopes(pure.where(~left_out))
+        if slopes is None:
+            continue
+        rows = pure.where(left_out)
+        longest = np.maximum(rows.kv_big, rows.kvs).astype(np.float64)
+        mean = rows.kvs + (longest - rows.kvs) * rows.nb / rows.n
+        share = np.sqrt(rows.nb / np.maximum(rows.n - rows.nb, 1))
+        slope = slopes(
+            *(np.clip(values, ax[0], ax[-1]) for values, ax in zip((rows.n, share), slopes.axes, strict=True))
+        )
+        predicted[left_out] = decode(rows.n, mean) + np.maximum(slope, 0.0) * (longest - mean)
+    known = ~np.isnan(predicted)
+    return summarize(pure.t_skew_us[known], predicted[known], groups=axis[known], seed=seed)
+
+
+def _repeats(kernels: KernelProfile, attention: _Table) -> dict[str, Any]:
+    """Noise floor: shapes that skew.csv measured again (all decodes at its longest context) against attention.csv."""
+    if kernels.skew is None:
+        return {}
+    skew = _Table.of(kernels.skew)
+    known = {
+        (int(c), int(p), int(n), int(k)): float(t)
+        for c, p, n, k, t in zip(
+            attention.prefill_chunk, attention.kv_prefill, attention.n_decode, attention.kv_decode, attention.time_us,
+            strict=True,
+        )
+    }  # fmt: skip
+    again = [
+        (float(t), known[shape])
+        for *place, t in zip(skew.pc, skew.kp, skew.n, skew.kv_big, skew.t_max_us, strict=True)
+        if (shape := (int(place[0]), int(place[1]), int(place[2]), int(place[3]))) in known
+    ]
+    if not again:
+        return {}
+    first, second = np.array(again).T
+    return {"attention measured twice (noise floor)": summarize(first, second)}

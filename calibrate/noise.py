@@ -30,7 +30,7 @@ import numpy.typing as npt
 from kvtwin.calibrate import stats
 from kvtwin.calibrate.accuracy import SIGNED, step_statistics
 from kvtwin.calibrate.stats import FloatArray
-from kvtwin.sim.latency.stats import REGIMES, BatchStats, durations_ns
+from kvtwin.sim.latency.stats import REGIMES, BatchStats, IntArray, durations_ns
 from kvtwin.traces.run import Run
 
 # Two batches are alike if their contexts differ by no more than this share, or by this many tokens. Without a bound
@@ -115,6 +115,84 @@ def step_floor(runs: Sequence[Run]) -> StepFloor | None:
 
 
 @dataclass(frozen=True)
+class RunFloor:
+    """What one recording's steps allow a model to reach, in MAPE, from the widest floor to the narrowest.
+
+    A model's error on this recording is judged by its ratio to these. None where no alike steps exist.
+
+    Attributes:
+        repeat: each step predicted by the alike step of another recording, the mean over the others: what recording
+            the workload again gives. The project's noise floor (`step_floor`) of this one recording.
+        known: each step predicted by the mean of all alike steps in all other recordings: what a model that knows
+            the mean of every single batch from other days reaches. The strict floor for a model fitted on other days.
+        within: each step predicted by the alike step of the same recording: jitter, without the machine's drift
+            between recordings. No model fitted on other days can know this day's speed.
+        matched: share of the steps that `known` rests on.
+    """
+
+    repeat: float | None
+    known: float | None
+    within: float | None
+    matched: float
+
+
+def run_floor(run: Run, others: Sequence[Run]) -> RunFloor:
+    """The noise floors of one recording.
+
+    Args:
+        run: the recording that a model is judged on.
+        others: further recordings of the same workload; none leaves `within` only.
+
+    Raises:
+        InputError: a run has no steps table.
+    """
+    one, sides = _Side.of(run), [_Side.of(other) for other in others]
+    repeats = _finite(_mape_or_nan(_match(one, side)) for side in sides)
+    known, matched = _mean_of_alike(one, sides)
+    return RunFloor(
+        repeat=float(np.mean(repeats)) if repeats else None,
+        known=known,
+        within=_mape_within(one),
+        matched=matched,
+    )
+
+
+def _mape_or_nan(pair: _Matched) -> float:
+    return stats.mape(pair.measured, pair.predicted) if len(pair.measured) else float("nan")
+
+
+def _mean_of_alike(one: _Side, sides: Sequence[_Side]) -> tuple[float | None, float]:
+    """MAPE of the mean of all alike steps of the other sides, and the share of steps that have any."""
+    if not sides or not len(one.context):
+        return None, 0.0
+    pool = _Side(*(np.concatenate([getattr(side, name) for side in sides]) for name in _Side.__dataclass_fields__))
+    keys, order, asked, width = _keys(one, pool)
+    gap = np.maximum((MAX_CONTEXT_GAP * one.context).astype(np.int64), MIN_CONTEXT_GAP)
+    low = np.searchsorted(keys, asked - np.minimum(gap, one.context), side="left")
+    high = np.searchsorted(keys, asked + np.minimum(gap, width - 1 - one.context), side="right")
+    total = np.concatenate([[0.0], np.cumsum(pool.duration[order])])
+    alike = high > low
+    if not alike.any():
+        return None, 0.0
+    mean = (total[high] - total[low])[alike] / (high - low)[alike]
+    return stats.mape(one.duration[alike], mean), float(alike.mean())
+
+
+def _mape_within(one: _Side) -> float | None:
+    """MAPE of the nearest alike step of the same side."""
+    if len(one.context) < 2:
+        return None
+    keys, order, _, width = _keys(one, one)
+    shape, context, duration = keys // width, keys % width, one.duration[order]
+    gap = np.where(np.diff(shape) == 0, np.diff(context), width)
+    nearest = np.minimum(np.append(gap, width), np.insert(gap, 0, width))
+    other = np.arange(len(keys)) + np.where(np.append(gap, width) <= np.insert(gap, 0, width), 1, -1)
+    alike = nearest <= np.maximum(MAX_CONTEXT_GAP * context, MIN_CONTEXT_GAP)
+    alike &= nearest < width
+    return stats.mape(duration[alike], duration[other[alike]]) if alike.any() else None
+
+
+@dataclass(frozen=True)
 class _Side:
     """The steps of one recording that took time."""
 
@@ -159,20 +237,29 @@ def _nearest(one: _Side, other: _Side) -> tuple[npt.NDArray[np.int64], npt.NDArr
     """Row of `other` with the same shape and the nearest context, per row of `one`, and whether it is alike."""
     if not len(one.context) or not len(other.context):
         return np.zeros(len(one.context), np.int64), np.zeros(len(one.context), np.bool_)
+    keys, order, asked, width = _keys(one, other)
+    right = np.searchsorted(keys, asked)
+    best, gap = np.zeros(len(right), np.int64), np.full(len(right), np.iinfo(np.int64).max)
+    for place in (right - 1, right):
+        at = np.clip(place, 0, len(order) - 1)
+        distance = np.abs(keys[at] % width - one.context)
+        closer = (keys[at] // width == asked // width) & (distance < gap)
+        best, gap = np.where(closer, order[at], best), np.where(closer, distance, gap)
+    return best, gap <= np.maximum(MAX_CONTEXT_GAP * one.context, MIN_CONTEXT_GAP)
+
+
+def _keys(one: _Side, other: _Side) -> tuple[IntArray, IntArray, IntArray, int]:
+    """One number per step for shape and context: shape * width + context; a context is smaller than the width.
+
+    Returns:
+        the sorted keys of `other`, the rows they belong to, the keys of `one`, and the width.
+    """
     _, shape = np.unique(np.concatenate([one.shape, other.shape]), axis=0, return_inverse=True)
-    one_shape, other_shape = np.split(shape.ravel(), [len(one.context)])
-    # One sorted key of (shape, context); a context is smaller than the width, so shapes cannot overlap.
+    one_shape, other_shape = np.split(shape.ravel().astype(np.int64), [len(one.context)])
     width = int(max(one.context.max(), other.context.max())) + 1
     keys = other_shape * width + other.context
     order = np.argsort(keys, kind="stable")
-    right = np.searchsorted(keys[order], one_shape * width + one.context)
-    best, gap = np.zeros(len(right), np.int64), np.full(len(right), np.iinfo(np.int64).max)
-    for place in (right - 1, right):
-        row = order[np.clip(place, 0, len(order) - 1)]
-        distance = np.abs(other.context[row] - one.context)
-        closer = (other_shape[row] == one_shape) & (distance < gap)
-        best, gap = np.where(closer, row, best), np.where(closer, distance, gap)
-    return best, gap <= np.maximum(MAX_CONTEXT_GAP * one.context, MIN_CONTEXT_GAP)
+    return keys[order], order, one_shape * width + one.context, width
 
 
 def _finite(errors: Iterable[float]) -> list[float]:

@@ -28,6 +28,7 @@ MIN_RESAMPLES: Final = 200
 _MAX_DRAWS: Final = 200_000_000  # resamples x n of one bootstrap: bounds its time for runs of a million steps
 _MIN_ROWS: Final = 5  # the bootstrap of fewer rows only repeats them
 _MIN_ERROR: Final = -1 + 1e-12  # a ratio of 0 has no logarithm
+_STANDARD_ERROR_RESAMPLES: Final = 500
 _CHUNK_DRAWS: Final = 500_000  # resamples x n in memory at once (4 MB of weights: stays in the cache)
 
 
@@ -206,6 +207,13 @@ def block_weights(n: int, length: int, resamples: int, rng: np.random.Generator)
     change = change.reshape(resamples, n + 1)
     change[:, 0] += wraps.sum(axis=1)
     return np.cumsum(change, axis=1, dtype=np.float64)[:, :n]
+
+
+def standard_error(values: FloatArray, rng: np.random.Generator) -> float:
+    """Of the mean of `values`, rows in the order in which they depend on one another: from resampled blocks."""
+    n = len(values)
+    weights = block_weights(n, block_length(values), _STANDARD_ERROR_RESAMPLES, rng)
+    return float(np.std(weights @ values / n))
 
 
 def bootstrap(

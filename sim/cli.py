@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
     parser = subparsers.add_parser(
         "simulate",
         help="serve a workload with a simulated engine",
-        description="Serve WORKLOAD with a simulated vLLM engine; the result is a Run like a recorded one.",
+        description="Serve WORKLOAD with a simulated vLLM or SGLang engine; the result is a Run like a recorded one.",
     )
     parser.add_argument("workload", type=Path, help="a run, trace or recording (kvtwin trace info PATH names it)")
     parser.add_argument("--engine", type=Path, required=True, help="engine settings under their upstream names (TOML)")
@@ -33,22 +34,22 @@ def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
 
 def _run(args: argparse.Namespace) -> int:
     # Imported here: `kvtwin --help` must not wait for numpy and pyarrow.
-    from kvtwin.sim.config import read_settings, vllm_config
+    from kvtwin.sim.config import read_settings
     from kvtwin.sim.latency.profile import read_profile
-    from kvtwin.sim.simulate import peak_rss_bytes, simulate, with_metrics
+    from kvtwin.sim.simulate import peak_rss_bytes, with_metrics
     from kvtwin.traces.readers import read_run
     from kvtwin.traces.run import refuse_existing
 
     refuse_existing(args.output)
     record_steps = _record_steps(args.record)
     started = time.perf_counter()
-    config = vllm_config(read_settings(args.engine), args.engine)
+    simulate = _simulator(read_settings(args.engine), args.engine)
     profile = read_profile(args.profile)
     latency = profile.latency_model()
     workload = read_run(args.workload)
     loaded = time.perf_counter()
     source = {"workload": args.workload.name, "engine": args.engine.name, "profile": args.profile.name}
-    run = simulate(workload, config, latency, profile.host, record_steps=record_steps, source=source)
+    run = simulate(workload, latency, profile.host, record_steps=record_steps, source=source)
     metrics: dict[str, Any] = {
         **run.info.metrics,
         **_summary(run),
@@ -60,6 +61,21 @@ def _run(args: argparse.Namespace) -> int:
     metrics |= {"write_s": round(time.perf_counter() - simulated, 6), "peak_rss_bytes": peak_rss_bytes()}
     _print(args, metrics)
     return 0
+
+
+def _simulator(settings: dict[str, Any], path: Path) -> Callable[..., Any]:
+    """`simulate` of the engine that a file of settings names (vLLM where it names none), with these settings."""
+    if settings.get("engine") == "sglang":
+        from kvtwin.sim.sglang.config import sglang_config
+        from kvtwin.sim.sglang.simulate import simulate_sglang
+
+        sglang = sglang_config(settings, path)
+        return lambda workload, *args, **options: simulate_sglang(workload, sglang, *args, **options)
+    from kvtwin.sim.config import vllm_config
+    from kvtwin.sim.simulate import simulate
+
+    vllm = vllm_config(settings, path)
+    return lambda workload, *args, **options: simulate(workload, vllm, *args, **options)
 
 
 def _record_steps(text: str) -> bool:

@@ -178,7 +178,7 @@ def vllm_config(settings: Mapping[str, Any], where: str | PathLike[str]) -> Vllm
     """
     engine = settings.get("engine", "vllm")
     if engine != "vllm":
-        raise InputError(f"engine is {engine!r}: 'vllm' expected", path=where)
+        raise InputError(f"engine is {engine!r}: 'vllm' or 'sglang' expected", path=where)
     fields = {field.name: field for field in dataclasses.fields(VllmConfig)}
     values: dict[str, Any] = {}
     for given, value in settings.items():

@@ -7,11 +7,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from kvtwin.sim.vllm.plan import StepPlan
-from kvtwin.sim.vllm.request import Request
+from kvtwin.sim.vllm.request import IntArray, Request
 from kvtwin.traces.schema import REQUESTS, STEPS
 
 UNKNOWN = -1  # a request's time stamp that has not been set
@@ -43,8 +42,14 @@ class RequestTimes:
         for request in finished:
             self.finish[request.row] = now_ns
 
-    def table(self, workload: pa.Table) -> pa.Table:
-        """The workload's `requests` table with the simulated columns filled in."""
+    def table(self, workload: pa.Table, rows: IntArray) -> pa.Table:
+        """The workload's `requests` table with the simulated columns filled in.
+
+        Args:
+            workload: table of schema REQUESTS.
+            rows: where each request stands in it.
+        """
+        place = np.argsort(rows)
         columns = {name: workload.column(name) for name in REQUESTS.names}
         for name, values in (
             ("queued_ns", self.queued),
@@ -53,16 +58,16 @@ class RequestTimes:
             ("finish_ns", self.finish),
             ("cached_tokens", self.cached),
         ):
-            column = _as_numpy(values)
+            column = _as_numpy(values)[place]
             columns[name] = pa.array(column, mask=column == UNKNOWN)
         for name in ("client_first_token_ns", "client_finish_ns"):  # no client is simulated
             columns[name] = pa.nulls(workload.num_rows, pa.int64())
-        columns["num_preemptions"] = pa.array(_as_numpy(self.num_preemptions))
+        columns["num_preemptions"] = pa.array(_as_numpy(self.num_preemptions)[place])
         columns["instance"] = pa.array(np.zeros(workload.num_rows, np.int32))
         return pa.table(columns, schema=REQUESTS)
 
 
-def _as_numpy(values: array[int]) -> npt.NDArray[np.int64]:
+def _as_numpy(values: array[int]) -> IntArray:
     return np.frombuffer(values, dtype=np.int64) if values else np.empty(0, np.int64)
 
 
@@ -118,6 +123,7 @@ class StepLog:
     """Steps as they happened, in compact arrays; a stretch of like steps is kept as one and expanded by `table`."""
 
     _TIMES = ("sched_ns", "start_ns", "end_ns", "update_ns")
+    _NAMES = ("request", "preempted", "finished")
     _LISTS = ("request", "cache_len", "input_len", "preempted", "finished")
 
     def __init__(self) -> None:
@@ -141,8 +147,12 @@ class StepLog:
             self._values[name].extend(values)
             self._offsets[name].append(len(self._values[name]))
 
-    def table(self) -> pa.Table:
-        """The `steps` table, a row per step."""
+    def table(self, rows: IntArray) -> pa.Table:
+        """The `steps` table, a row per step.
+
+        Args:
+            rows: where each request stands in the workload's table.
+        """
         counts = _as_numpy(self._counts)
         times = _as_numpy(self._times).reshape(-1, 4)
         blocks = _as_numpy(self._blocks).reshape(-1, 2)
@@ -158,12 +168,14 @@ class StepLog:
         for place, name in enumerate(self._TIMES):
             columns[name] = pa.array(times[:, place])
         for name in self._LISTS:
-            columns[name] = self._expanded(name, counts)
+            columns[name] = self._expanded(name, counts, rows)
         return pa.table({name: columns[name] for name in STEPS.names}, schema=STEPS)
 
-    def _expanded(self, name: str, counts: npt.NDArray[np.int64]) -> pa.ListArray:
+    def _expanded(self, name: str, counts: IntArray, rows: IntArray) -> pa.ListArray:
         """One list per step; along a stretch, cache_len grows by one."""
         values = np.array(self._values[name], dtype=np.int32)
+        if name in self._NAMES:
+            values = rows[values].astype(np.int32)
         offsets = _as_numpy(self._offsets[name])
         sizes = np.repeat(np.diff(offsets), counts)
         ends = np.cumsum(sizes)

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from kvtwin.sim.config import VllmConfig, rules_version
+from kvtwin.sim.frontend import at_the_client, order_at_the_engine
 from kvtwin.sim.latency.base import LatencyModel
 from kvtwin.sim.latency.host import HostTime
 from kvtwin.sim.vllm.engine import Engine
@@ -38,7 +39,7 @@ def simulate(
         workload: any Run; only arrivals, lengths, priorities and block hashes are read.
         config: the engine's settings.
         latency: how long the model runs for a batch.
-        host: time between steps.
+        host: time between steps, before the queue and on the way back to the client.
         record_steps: keep the `steps` table.
         plain: take every step by itself (the specification; the result is the same).
         source: provenance to note in the result.
@@ -47,13 +48,16 @@ def simulate(
         InputError: a request that the engine would refuse (longer than max_model_len).
     """
     started = time.perf_counter()
-    requests = build_requests(workload, config)
+    host = host or HostTime()
+    arrival_ns, order = order_at_the_engine(workload.requests, host)
+    requests = build_requests(workload, config, arrival_ns, order)
+    prepared = time.perf_counter()
     engine = Engine(config, latency, host, record_steps=record_steps, plain=plain)
     times = engine.run(requests)
-    core_s = time.perf_counter() - started
-    tables = {"requests": times.table(workload.requests)}
+    tables = {"requests": at_the_client(times.table(workload.requests, order), host)}
+    core_s = time.perf_counter() - prepared
     if record_steps:
-        tables["steps"] = engine.steps()
+        tables["steps"] = engine.steps(order)
     info = RunInfo(
         kind="simulated",
         engine=f"vllm {config.version} (rules of {rules_version(config.version)})",
@@ -62,13 +66,25 @@ def simulate(
         hash_block_tokens=workload.info.hash_block_tokens,
         engine_config=dataclasses.asdict(config),
         source=dict(source or {}),
-        metrics={"num_steps": engine.num_steps, "core_s": round(core_s, 6)},
+        metrics={
+            "num_steps": engine.num_steps,
+            "prepare_s": round(prepared - started, 6),
+            "core_s": round(core_s, 6),
+        },
     )
     return Run(info, tables, name="the simulated run")
 
 
-def build_requests(workload: Run, config: VllmConfig) -> RequestBook:
+def build_requests(
+    workload: Run, config: VllmConfig, arrival_ns: IntArray | None = None, order: IntArray | None = None
+) -> RequestBook:
     """The engine's view of a workload's requests, in order of arrival.
+
+    Args:
+        workload: any Run.
+        config: the engine's settings.
+        arrival_ns: when the engine gets each request, by row of the workload; default: when they arrive.
+        order: the rows in that order; default: as they stand.
 
     Raises:
         InputError: prompt plus output longer than max_model_len; names the row.
@@ -77,14 +93,15 @@ def build_requests(workload: Run, config: VllmConfig) -> RequestBook:
     inputs, outputs = (table.column(name).to_numpy() for name in ("input_tokens", "output_tokens"))
     _refuse_too_long(inputs, outputs, config, workload)
     keys, num_shared_keys = _prefix_keys(workload, config)
-    priority = table.column("priority").fill_null(0)
+    order = np.arange(table.num_rows) if order is None else order
+    arrival_ns = table.column("arrival_ns").to_numpy() if arrival_ns is None else arrival_ns
     return RequestBook(
-        request_ids=table.column("request_id").to_pylist(),
-        arrival_ns=table.column("arrival_ns").to_numpy().tolist(),
-        num_prompt_tokens=inputs.tolist(),
-        max_tokens=outputs.tolist(),
-        priority=priority.to_numpy().tolist(),
-        prefix_keys=keys,
+        request_ids=table.column("request_id").take(order).to_pylist(),
+        arrival_ns=arrival_ns[order].tolist(),
+        num_prompt_tokens=inputs[order].tolist(),
+        max_tokens=outputs[order].tolist(),
+        priority=table.column("priority").fill_null(0).to_numpy()[order].tolist(),
+        prefix_keys=keys and [keys[row] for row in order.tolist()],
         num_shared_keys=num_shared_keys,
         block_size=config.block_size,
     )

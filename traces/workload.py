@@ -14,6 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from kvtwin.traces.errors import InputError
+from kvtwin.traces.run import Run
+
 IntArray = npt.NDArray[np.int64]
 
 _NO_BLOCKS: IntArray = np.empty(0, dtype=np.int64)
@@ -74,9 +77,7 @@ def prefix_blocks(requests: pa.Table, hash_block_tokens: int | None, block_size:
     depth = _places(counts)
     is_used = depth < np.repeat(used, counts)
     values, depth = values[is_used], depth[is_used]
-    node = _number_nodes(values, depth)
-    num_nodes_at = np.zeros(int(used.max(initial=0)), dtype=np.int64)
-    np.maximum.at(num_nodes_at, depth, node + 1)
+    node, num_nodes_at = _number_by_depth(_name_nodes(values, depth), depth)
     # Engine block i ends in the hash block of depth d where first[d] <= i < first[d + 1]; a chain node of depth d
     # owns that many consecutive ids, so a chain expands with one repeat and one addition.
     first = np.arange(len(num_nodes_at) + 1, dtype=np.int64) * hash_block_tokens // block_size
@@ -88,6 +89,18 @@ def prefix_blocks(requests: pa.Table, hash_block_tokens: int | None, block_size:
     ids += np.arange(len(ids))
     ends = np.cumsum(np.minimum(num_full, first[used])).tolist()
     return [ids[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def prefix_nodes(requests: pa.Table) -> list[list[int]]:
+    """Names of each request's hash blocks, the last and shorter one included: equal where the prompts are, up to there.
+
+    Blocks get numbers as they first appear, so that those which a prompt is the first to have are consecutive. A
+    request without hashes gets an empty list.
+    """
+    values, counts = _flat(requests.column("block_hashes"))
+    names = _name_nodes(values, _places(counts)).tolist()
+    ends = np.cumsum(counts).tolist()
+    return [names[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def _flat(column: pa.ChunkedArray) -> tuple[npt.NDArray[np.uint64], IntArray]:
@@ -108,9 +121,8 @@ def _places(counts: IntArray) -> IntArray:
     return places
 
 
-def _number_nodes(values: npt.NDArray[np.uint64], depth: IntArray) -> IntArray:
-    """Number the nodes of each depth 0, 1, 2, ... in order of first appearance. Two entries are the same node exactly
-    where they and all entries before them in their rows are equal.
+def _name_nodes(values: npt.NDArray[np.uint64], depth: IntArray) -> IntArray:
+    """Name entries 0, 1, 2, ... in order of first appearance: equal where they and all before them in their rows are.
 
     Args:
         values: entries of all rows, laid end to end.
@@ -120,21 +132,52 @@ def _number_nodes(values: npt.NDArray[np.uint64], depth: IntArray) -> IntArray:
         return _NO_BLOCKS
     _, seen, name = np.unique(values, return_index=True, return_inverse=True)
     parent = np.where(depth > 0, np.concatenate(([-1], name[:-1])), -1)
-    if not np.array_equal(parent[seen][name], parent):
-        return _number_reused(values.tolist(), depth.tolist())
-    # Each entry always follows the same one, as hashes of whole prefixes do: equal entries mean equal chains.
-    order = np.lexsort((seen, depth[seen]))
-    number = np.empty(len(seen), dtype=np.int64)
-    number[order] = _places(np.bincount(depth[seen]))
-    return number[name]
+    if np.array_equal(parent[seen][name], parent):
+        # Each entry always follows the same one, as hashes of whole prefixes do: equal entries mean equal chains.
+        rank = np.empty(len(seen), dtype=np.int64)
+        rank[np.argsort(seen)] = np.arange(len(seen))
+        return rank[name]
+    names: dict[tuple[int, int], int] = {}
+    chains, before = [], -1
+    for value, place in zip(values.tolist(), depth.tolist(), strict=True):
+        before = names.setdefault((before if place else -1, value), len(names))
+        chains.append(before)
+    return np.array(chains, dtype=np.int64)
 
 
-def _number_reused(values: list[int], depth: list[int]) -> IntArray:
-    """`_number_nodes` where an entry may follow different ones, as ids of single blocks do."""
-    nodes: list[dict[tuple[int, int], int]] = [{} for _ in range(max(depth) + 1)]
-    numbers, parent = [], 0
-    for value, place in zip(values, depth, strict=True):
-        known = nodes[place]
-        parent = known.setdefault((parent if place else 0, value), len(known))
-        numbers.append(parent)
-    return np.array(numbers, dtype=np.int64)
+def _number_by_depth(names: IntArray, depth: IntArray) -> tuple[IntArray, IntArray]:
+    """Number the names of each depth 0, 1, 2, ...: the number of each entry, and how many each depth has."""
+    if not len(names):
+        return _NO_BLOCKS, _NO_BLOCKS
+    _, first = np.unique(names, return_index=True)
+    num_at = np.bincount(depth[first])
+    number = np.empty(len(first), dtype=np.int64)
+    number[np.argsort(depth[first], kind="stable")] = _places(num_at)
+    return number[names], num_at
+
+
+def with_prompts(run: Run, sent: Run | None) -> Run:
+    """A recording with the prompt blocks of the workload that was sent, joined by request id.
+
+    Raises:
+        InputError: a recorded request is not in the workload, or differs in length.
+    """
+    if sent is None:
+        return run
+    rows = {name: row for row, name in enumerate(sent.requests.column("request_id").to_pylist())}
+    order = []
+    for row, name in enumerate(run.requests.column("request_id").to_pylist()):
+        if name not in rows:
+            raise InputError(f"{name!r} is not in the workload", path=run.path, row=row, column="request_id")
+        order.append(rows[name])
+    prompts = sent.requests.take(order)
+    for column in ("input_tokens", "output_tokens"):
+        recorded, planned = run.requests.column(column).to_pylist(), prompts.column(column).to_pylist()
+        for row, (found, asked) in enumerate(zip(recorded, planned, strict=True)):
+            if found != asked:
+                raise InputError(f"{found}, but the workload has {asked}", path=run.path, row=row, column=column)
+    index = run.requests.column_names.index("block_hashes")
+    requests = run.requests.set_column(index, run.requests.schema.field(index), prompts.column("block_hashes"))
+    info = run.info
+    joined = type(info)(**{**vars(info), "hash_block_tokens": sent.info.hash_block_tokens})
+    return Run(joined, {"requests": requests}, name=str(run.path))

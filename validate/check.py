@@ -24,6 +24,7 @@ from kvtwin.traces.readers import read_run
 from kvtwin.traces.readers.allreduce import read_allreduce
 from kvtwin.traces.readers.llmservingsim_profile import read_kernel_profile
 from kvtwin.traces.run import Run
+from kvtwin.traces.workload import with_prompts
 from kvtwin.validate.e2e import compare_e2e
 from kvtwin.validate.result import Check, Comparison, TargetReport
 from kvtwin.validate.step import build_predictions, compare_steps
@@ -184,33 +185,6 @@ class _Twins:
         run = simulate(workload, config, self._profile.latency_model(), self._profile.host)
         self._known.append((asked, config, run))
         return run
-
-
-def with_prompts(run: Run, sent: Run | None) -> Run:
-    """A recording with the prompt blocks of the workload that was sent, joined by request id.
-
-    Raises:
-        InputError: a recorded request is not in the workload, or differs in length.
-    """
-    if sent is None:
-        return run
-    rows = {name: row for row, name in enumerate(sent.requests.column("request_id").to_pylist())}
-    order = []
-    for row, name in enumerate(run.requests.column("request_id").to_pylist()):
-        if name not in rows:
-            raise InputError(f"{name!r} is not in the workload", path=run.path, row=row, column="request_id")
-        order.append(rows[name])
-    prompts = sent.requests.take(order)
-    for column in ("input_tokens", "output_tokens"):
-        recorded, planned = run.requests.column(column).to_pylist(), prompts.column(column).to_pylist()
-        for row, (found, asked) in enumerate(zip(recorded, planned, strict=True)):
-            if found != asked:
-                raise InputError(f"{found}, but the workload has {asked}", path=run.path, row=row, column=column)
-    index = run.requests.column_names.index("block_hashes")
-    requests = run.requests.set_column(index, run.requests.schema.field(index), prompts.column("block_hashes"))
-    info = run.info
-    joined = type(info)(**{**vars(info), "hash_block_tokens": sent.info.hash_block_tokens})
-    return Run(joined, {"requests": requests}, name=str(run.path))
 
 
 def _config(target: Target, workload: Workload, run: Run, profile: Profile, notes: _Notes) -> VllmConfig:

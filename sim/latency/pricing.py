@@ -176,8 +176,8 @@ class LinearPricer:
         self,
         num_decode: int,
         context: int,
-        context_sq: int,
-        context_max: int,
+        context_sq: int,  # noqa: ARG002 - the contract's
+        context_max: int,  # noqa: ARG002
         most: int,
         step: int,  # noqa: ARG002 - the contract's
     ) -> Durations:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,11 +19,14 @@ from kvtwin.sim.latency.base import LatencyModel
 from kvtwin.sim.latency.composed import ComposedLatency
 from kvtwin.sim.latency.host import HostTime
 from kvtwin.sim.latency.linear import LinearLatency
+from kvtwin.sim.latency.operators import OperatorTable
 from kvtwin.sim.latency.regression import RegressionLatency
 from kvtwin.sim.latency.stats import BatchStats
 from kvtwin.traces.errors import InputError
 from kvtwin.traces.files import write_text
 from kvtwin.traces.run import refuse_existing
+
+T = TypeVar("T")
 
 PROFILE_SCHEMA_VERSION: Final = 1
 
@@ -33,6 +36,8 @@ LATENCY_MODELS: Final[Mapping[str, Callable[[Mapping[str, Any]], LatencyModel]]]
     "regression": RegressionLatency.from_json,
     "composed": ComposedLatency.from_json,
 }
+# Kinds that hold times of single operators: they predict operators, not steps.
+OPERATORS: Final = "operators"
 
 
 @dataclass(frozen=True)
@@ -68,10 +73,26 @@ class Profile:
         Raises:
             InputError: unknown kind, or numbers missing or of a wrong type.
         """
+        if self.kind == OPERATORS:
+            problem = "holds times of single operators, and a simulation needs whole steps: calibrate recordings with "
+            raise InputError(problem + "steps, or a folder of kernel tables, which compose a model's steps")
         if self.kind not in LATENCY_MODELS:
-            raise InputError(f"kind is {self.kind!r}; known: {', '.join(LATENCY_MODELS)}")
+            raise InputError(f"kind is {self.kind!r}; known: {', '.join([*LATENCY_MODELS, OPERATORS])}")
+        return self._read(LATENCY_MODELS[self.kind])
+
+    def operators(self) -> OperatorTable:
+        """The operators, ready to predict.
+
+        Raises:
+            InputError: another kind, or numbers missing or of a wrong type.
+        """
+        if self.kind != OPERATORS:
+            raise InputError(f"is a {self.kind} profile: it holds whole steps, not operators")
+        return self._read(OperatorTable.from_json)
+
+    def _read(self, reader: Callable[[Mapping[str, Any]], T]) -> T:
         try:
-            return LATENCY_MODELS[self.kind](self.latency)
+            return reader(self.latency)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"latency of kind {self.kind!r} is damaged ({error!r})") from error
 
@@ -121,7 +142,10 @@ def read_profile(path: str | PathLike[str]) -> Profile:
         raise InputError(f"unknown key {unknown[0]!r}; known: {known}", path=file)
     try:
         profile = Profile(**{**data, "host": HostTime(**data.get("host", {}))})
-        profile.latency_model()
+        if profile.kind == OPERATORS:
+            profile.operators()
+        else:
+            profile.latency_model()
         profile.extrapolates(BatchStats.of_batch([1], [1]))
     except (TypeError, ValueError, AttributeError) as error:
         raise InputError(f"not a profile ({error})", path=file) from error

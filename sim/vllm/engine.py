@@ -16,7 +16,7 @@ from kvtwin.sim.vllm.block_tables import CountedBlocks, PooledBlocks
 from kvtwin.sim.vllm.counted_pool import CountedPool
 from kvtwin.sim.vllm.jump import JumpLoop
 from kvtwin.sim.vllm.plain import PlainLoop
-from kvtwin.sim.vllm.request import RequestBook
+from kvtwin.sim.vllm.request import IntArray, RequestBook
 from kvtwin.sim.vllm.scheduler import VllmScheduler
 
 _LEAST_PLAIN_TURNS = 4  # a handover costs about as much
@@ -68,10 +68,14 @@ class Engine:
             requests.forget_all()
         return self._run_pooled(requests)
 
-    def steps(self) -> pa.Table:
-        """The `steps` table of what was run. Only with `record_steps`."""
+    def steps(self, rows: IntArray) -> pa.Table:
+        """The `steps` table of what was run. Only with `record_steps`.
+
+        Args:
+            rows: where each request stands in the workload's table.
+        """
         assert self._record_steps, "steps were not recorded"
-        return self._log.table()
+        return self._log.table(rows)
 
     def _run_plain(self, requests: RequestBook) -> RequestTimes:
         config = self._config

@@ -120,7 +120,7 @@ class JumpLoop:
         self._pricer, self._host, self._times, self._log = pricer, host, times, log
         self._started = requests.started
         self._needs_spread = pricer.needs_spread
-        self._host_takes_time, self._gap_ns = host != HostTime(gap_ns=host.gap_ns), host.gap_ns
+        self._host_takes_time, self._gap_ns = host.takes_time, host.gap_ns
         self._block_size = config.block_size
         self._preempts_last = may_preempt and config.policy == "fcfs"
         self._arrivals_overtake = config.policy != "fcfs"

@@ -112,3 +112,73 @@ def test_help_waits_for_nothing_heavy() -> None:
     heavy = "{'scipy', 'tqdm', 'pandas', 'statsmodels'} & set(sys.modules)"
     code = f"import sys, kvtwin.calibrate.cli; sys.exit(bool({heavy}))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# ---- request logs, test runs, plots, diff --------------------------------------------------------------------
+
+
+def test_steps_are_judged_on_runs_that_take_no_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    test = [str(RUNS / f"saturated_{number}") for number in (1, 2)]
+    assert main(["calibrate", *SWEEPS, "--test", *test, "-o", str(tmp_path / "p.json")]) == 0
+    out = capsys.readouterr().out
+    assert "not used for fitting" in out
+    found = read_profile(tmp_path / "p.json").accuracy["test: saturated_1"]
+    assert found["ratio"]["repeat"] < 1.3
+    for words in ("saturated_2", "price per unit, ns", "measure next (20 batches", "Breusch-Pagan"):
+        assert words in out
+
+
+def test_request_logs_become_a_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    engine = str(RUNS.parent / "engine.toml")
+    words = [str(RUNS / "saturated_1"), "--from", "requests", "--engine", engine, "-o", str(tmp_path / "p.json")]
+    assert main(["calibrate", *words]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    for part in ("ttft", "tpot", "latency", "error of the distribution's", "price per unit, ns", "host time: none"):
+        assert part in out
+    profile = read_profile(tmp_path / "p.json")
+    assert profile.kind == "regression"
+    assert profile.provenance["runs"][0]["requests"] == 220
+
+
+def test_a_page_of_plots(tmp_path: Path, known_run: MakeRun) -> None:
+    for seed in (0, 1):
+        known_run(80, seed, noise=0.1, engine="<script>alert(1)</script>").write(tmp_path / f"run{seed}")
+    page = tmp_path / "plots" / "page.html"
+    samples = [str(tmp_path / f"run{seed}") for seed in (0, 1)]
+    assert main(["calibrate", *samples, "-o", str(tmp_path / "p.json"), "--plots", str(page)]) == 0
+    text = page.read_text(encoding="utf-8")
+    for title in ("Parity", "Residuals over the batch", "Error distribution", "Learning curve"):
+        assert f"<h2>{title}</h2>" in text
+    assert "<script>alert(1)" not in text
+    assert "&lt;script&gt;alert(1)" in text
+
+
+def test_two_profiles_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str], known_run: MakeRun) -> None:
+    for name, speed in (("old", 1.0), ("new", 0.5)):
+        known_run(80, 0, speed=speed).write(tmp_path / name)
+        assert main(["calibrate", str(tmp_path / name), "-o", str(tmp_path / f"{name}.json")]) == 0
+    capsys.readouterr()
+    both = [str(tmp_path / "old.json"), str(tmp_path / "new.json")]
+    assert main(["calibrate", "--diff", *both]) == 0
+    assert "+100.0% on average" in capsys.readouterr().out
+    assert main(["calibrate", "--diff", *both, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["predictions"]["mean"] == pytest.approx(1.0, abs=0.01)
+
+
+def test_what_does_not_go_together_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], known_run: MakeRun
+) -> None:
+    run, output = tmp_path / "run", tmp_path / "p.json"
+    known_run(60, 0).write(run)
+    log = ["--from", "requests", "-o", str(output)]
+    cases = {
+        "-o PROFILE is missing": [str(run)],
+        "--diff compares two profiles: 1 given": ["--diff", str(run)],
+        "--engine is for request logs": [str(run), "--engine", str(run), "-o", str(output)],
+        "--test needs steps": [str(run), "--test", str(run), *log],
+        "num_gpu_blocks is missing": [str(run), *log],
+    }
+    for words, given in cases.items():
+        assert words in refusal(capsys, *given)
+        assert not output.exists()

@@ -1,14 +1,15 @@
 """The simulator against logs of the real schedulers: `make oracle CASES=DIR`.
 
-Every case below DIR (a folder with trace, config, steps and requests, see oracle/README_VLLM.md) is simulated
-and compared step by step. One line per case; exit 1 if any differs, 2 if there is none.
+Every case below DIR is simulated and compared step by step: vLLM's (a folder with trace, config, steps and requests,
+see oracle/README_VLLM.md) and SGLang's (NAME.json beside NAME.jsonl.gz, see oracle/sglang/README.md; those cut from a
+Mooncake trace find it below $ORACLE_TRACES). One line per case; exit 1 if any differs, 2 if there is none.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,25 @@ class Result:
 def find_cases(folder: Path) -> list[Path]:
     """Every case below a folder (or the folder itself), in order of its path."""
     return sorted(path.parent for path in folder.rglob("steps.jsonl.gz") if (path.parent / "config.json").exists())
+
+
+def find_sglang_cases(folder: Path) -> list[Path]:
+    """Every SGLang case below a folder (or the one file named), in order of its path."""
+    files = [folder] if folder.is_file() else folder.rglob("*.json")
+    return sorted(path for path in files if path.with_suffix(".jsonl.gz").exists())
+
+
+def compare_sglang_case(case: Path) -> Result:
+    """Simulate a case of SGLang's scheduler or caches and find the first difference."""
+    import compare_sglang_sched  # type: ignore[import-not-found]  # beside this file
+
+    settings = json.loads(case.read_text())
+    if "latency_ns" not in settings:
+        return Result(case, 0, "cannot be compared: not a case of a scheduler")
+    try:
+        return Result(case, *compare_sglang_sched.difference_of(case))
+    except FileNotFoundError as error:
+        return Result(case, 0, f"cannot be compared: {error}")
 
 
 def version_of(case: Path) -> str:
@@ -119,17 +139,20 @@ def main(arguments: list[str]) -> int:
     if not arguments:
         print("which cases? make oracle CASES=DIR", file=sys.stderr)
         return 2
-    cases = [case for folder in arguments for case in find_cases(Path(folder))]
+    cases: list[tuple[Path, Callable[[Path], Result]]]
+    cases = [(case, compare_case) for folder in arguments for case in find_cases(Path(folder))]
+    cases += [(case, compare_sglang_case) for folder in arguments for case in find_sglang_cases(Path(folder))]
     if not cases:
         print(
-            f"no case below {', '.join(arguments)}: a case is a folder with steps.jsonl.gz and config.json",
+            f"no case below {', '.join(arguments)}: a case is a folder with steps.jsonl.gz and config.json (vLLM), or "
+            "NAME.json beside NAME.jsonl.gz (SGLang)",
             file=sys.stderr,
         )
         return 2
     failures = 0
-    for case in cases:
+    for case, compare in cases:
         try:
-            result = compare_case(case)
+            result = compare(case)
         except KvtwinError as error:
             result = Result(case, 0, f"cannot be compared: {error}")
         failures += bool(result.difference)

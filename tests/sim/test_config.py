@@ -29,7 +29,7 @@ GOOD: dict[str, Any] = {"num_gpu_blocks": 1000, "version": "0.19.0"}
         ({"watermark": 0.1}, "watermark is 0.1: vLLM 0.19.0 has no such option"),
         ({"policy": "lifo"}, '"fcfs" or "priority" expected'),
         ({"version": "latest"}, "version is 'latest'"),
-        ({"engine": "sglang"}, "engine is 'sglang': 'vllm' expected"),
+        ({"engine": "sglnag"}, "engine is 'sglnag': 'vllm' or 'sglang' expected"),
         ({"data_parallel_size": 2}, "data_parallel_size is 2: only 1 is simulated"),
         ({"max_model_len": 100_000}, "the KV cache holds 15984 tokens"),
         ({"enable_chunked_prefill": False, "max_num_batched_tokens": 512}, "without chunked prefill"),

@@ -25,7 +25,7 @@ from kvtwin.traces.time import NS_PER_MS
 ALLREDUCE: Final = pa.schema(
     [pa.field("num_gpus", pa.int64()), pa.field("message_bytes", pa.int64()), pa.field("time_ns", pa.float64())]
 )
-_ELEMENT_BYTES: Final = {"bfloat16": 2, "float16": 2, "half": 2, "float32": 4, "float": 4, "int8": 1}
+ELEMENT_BYTES: Final = {"bfloat16": 2, "float16": 2, "half": 2, "float32": 4, "float": 4, "int8": 1}
 _VIDUR: Final = {
     "time_stats.all_reduce.min": float,
     "time_stats.all_reduce.max": float,
@@ -77,9 +77,9 @@ def _read_aiconfigurator(path: Path, launch: str) -> tuple[np.ndarray, np.ndarra
         known = ", ".join(sorted(set(backends)))
         raise InputError(f"no row of a *_{launch} backend; found: {known}", path=path, column="backend")
     dtypes = columns["allreduce_dtype"]
-    columns.require(np.isin(dtypes, list(_ELEMENT_BYTES)), "allreduce_dtype", f"unknown; known: {[*_ELEMENT_BYTES]}")
+    columns.require(np.isin(dtypes, list(ELEMENT_BYTES)), "allreduce_dtype", f"unknown; known: {[*ELEMENT_BYTES]}")
     _require_positive(columns, "num_gpus", "message_size", "latency")
-    element_bytes = np.array([_ELEMENT_BYTES[name] for name in dtypes], dtype=np.int64)
+    element_bytes = np.array([ELEMENT_BYTES[name] for name in dtypes], dtype=np.int64)
     return (
         columns["num_gpus"][wanted],
         (columns["message_size"] * element_bytes)[wanted],

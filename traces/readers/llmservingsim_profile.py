@@ -88,7 +88,7 @@ def read_kernel_profile(path: Path, tensor_parallel_size: int) -> KernelProfile:
             not positive and finite, a negative size.
     """
     meta_file = find_file(path, "meta.yaml")
-    meta = _read_meta(meta_file)
+    meta = read_meta(meta_file)
     folder = _tp_folder(path, tensor_parallel_size)
     skew_file, moe_file = find_optional(folder, "skew.csv"), find_optional(folder, "moe.csv")
     attention_file, dense_file = find_file(folder, "attention.csv"), find_file(folder, "dense.csv")
@@ -102,14 +102,15 @@ def read_kernel_profile(path: Path, tensor_parallel_size: int) -> KernelProfile:
         attention=_read_table(attention_file, _ATTENTION),
         dense=_read_table(dense_file, _DENSE),
         per_sequence=_read_table(per_sequence_file, _PER_SEQUENCE),
-        skew=_read_table(skew_file, _SKEW, divide_by=_iterations(meta, meta_file)) if skew_file else None,
+        skew=_read_table(skew_file, _SKEW, divide_by=measurement_iterations(meta, meta_file)) if skew_file else None,
         moe=_read_table(moe_file, _MOE, optional={"ep": int}) if moe_file else None,
         source=source,
         digest=hashlib.sha256(json.dumps(source["sha256"]).encode()).hexdigest(),
     )
 
 
-def _read_meta(path: Path) -> dict[str, Any]:
+def read_meta(path: Path) -> dict[str, Any]:
+    """meta.yaml as plain values. Raises InputError where it is no mapping of them."""
     import yaml
 
     text = "\n".join(line for _, line in read_lines(path))
@@ -122,7 +123,8 @@ def _read_meta(path: Path) -> dict[str, Any]:
     return meta
 
 
-def _iterations(meta: Mapping[str, Any], path: Path) -> int:
+def measurement_iterations(meta: Mapping[str, Any], path: Path) -> int:
+    """Calls that each time of skew.csv sums. Raises InputError where meta.yaml does not say."""
     value = meta.get("measurement_iterations")
     if type(value) is not int or value < 1:
         problem = f"{value!r}: a positive integer expected (skew.csv holds the sum of that many calls)"
@@ -167,4 +169,4 @@ def _refuse_repeats(columns: Columns, keys: list[str], path: Path) -> None:
         seen.add(tuple(shape))
 
 
-__all__ = ["KernelProfile", "read_kernel_profile"]
+__all__ = ["KernelProfile", "measurement_iterations", "read_kernel_profile", "read_meta"]

@@ -1,0 +1,1 @@
+"""Tables of operator and step times to profiles: candidates, hold-out, choice, scaling to unseen hardware."""

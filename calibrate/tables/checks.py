@@ -1,0 +1,155 @@
+"""What a table must be before it is fitted: one engine version, enough rows, plausible units; and doubtful rows named.
+
+A wrong unit is off by a thousand, a wrong model by a factor: the bounds leave a decade of room on both sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from kvtwin.calibrate.models import MODELS
+from kvtwin.traces.errors import InputError
+from kvtwin.traces.readers.optable import FloatArray, OpSamples, OpTable
+
+MIN_ROWS: Final = 8  # of one operator under one key: fewer leave nothing to hold out
+_FASTER_THAN_SMALLEST: Final = 0.75
+_FEW: Final = 5
+
+# Multiply-adds per microsecond of the fastest device (NVL72's share in 4 bits is 15e15 operations/s) and of a slow core.
+_MOST_PRODUCTS_PER_US: Final = 2e10
+_LEAST_PRODUCTS_PER_US: Final = 2e4
+# Keys (one per sequence, position and key-value head; 256 bytes or more) read per microsecond, from cache at best.
+_MOST_KEYS_PER_US: Final = 4e5
+_LEAST_KEYS_PER_US: Final = 0.2
+# The shortest time of any kernel in a table: a launch takes about 1 us on a GPU, and the smallest batch little more (24 us
+# is the most seen). Modules are many kernels.
+_SHORTEST_US: Final = (0.05, 500.0)
+_SHORTEST_MODULE_US: Final = (0.05, 50_000.0)
+# The shortest step of a whole model.
+_SHORTEST_STEP_US: Final = (200.0, 10e6)
+
+
+def prepare(table: OpTable) -> OpTable:
+    """Check a table and complete its samples; doubtful rows are marked, never dropped.
+
+    Raises:
+        InputError: two engine versions, an implausible unit, or no operator with MIN_ROWS rows.
+    """
+    samples = prepare_test(table).samples
+    kept = [sample for sample in samples if np.count_nonzero(~sample.suspect) >= MIN_ROWS]
+    if not kept:
+        most = max(np.count_nonzero(~sample.suspect) for sample in samples)
+        problem = (
+            f"{most} rows of one operator under one key at most: {MIN_ROWS} or more are needed to fit and hold out"
+        )
+        raise InputError(problem, path=table.path)
+    return replace(table, samples=kept)
+
+
+def prepare_test(table: OpTable) -> OpTable:
+    """The same for a table that only judges: any number of rows will do."""
+    _one_version(table)
+    samples = [_with_heads(sample, table) for sample in table.samples]
+    _require_plausible(table, samples)
+    samples = [replace(sample, suspect=sample.suspect | faster_than_smallest(sample)) for sample in samples]
+    return replace(table, samples=samples)
+
+
+def too_small(table: OpTable) -> list[str]:
+    """Names of the operators that `prepare` leaves out for want of rows."""
+    return [sample.name for sample in table.samples if np.count_nonzero(~sample.suspect) < MIN_ROWS]
+
+
+def _one_version(table: OpTable) -> None:
+    for name in ("version", "framework"):
+        found = sorted({sample.key[name] for sample in table.samples if name in sample.key})
+        if len(found) > 1:
+            problem = f"holds {len(found)} engine versions ({', '.join(found)}), which are never averaged over: "
+            problem += f"choose one with --filter {name}={found[-1]}"
+            raise InputError(problem, path=table.path, column=name)
+
+
+def _with_heads(sample: OpSamples, table: OpTable) -> OpSamples:
+    """Heads on each GPU, where the file says which model was measured."""
+    model = MODELS.get(table.facts.get("model", ""))
+    degree = sample.key.get("tensor_parallel_size", "")
+    if model is None or not degree.isdigit() or "num_heads" in sample.constants or "attention" not in sample.op:
+        return sample
+    heads = max(model.num_attention_heads // int(degree), 1)
+    kv_heads = max(model.num_key_value_heads // int(degree), 1)
+    found = {"num_heads": float(heads), "num_key_value_heads": float(kv_heads)}
+    return replace(sample, constants={**sample.constants, **found})
+
+
+def faster_than_smallest(sample: OpSamples) -> npt.NDArray[np.bool_]:
+    """Attention rows that take less than 3/4 of the time of their shape's smallest load: no more work can be faster.
+
+    (LLMServingSim v0 has 283 such decodes in each table, at 40 times the memory's bandwidth: a kernel that did not run.)
+    """
+    found = np.zeros(len(sample), np.bool_)
+    if sample.work not in ("prefill_attention", "decode_attention") or not len(sample):
+        return found
+    rank: FloatArray = sum(
+        (np.log2(1.0 + np.asarray(values, np.float64)) for values in sample.load.values()), np.zeros(len(sample))
+    )
+    if sample.shape:
+        _, group = np.unique(np.column_stack(list(sample.shape.values())), axis=0, return_inverse=True)
+    else:
+        group = np.zeros(len(sample), np.intp)
+    for index in range(int(group.max()) + 1):
+        here = np.flatnonzero(group.ravel() == index)
+        first = here[np.argsort(rank[here], kind="stable")[:_FEW]]
+        floor = min(float(sample.time_us[first[0]]), float(np.median(sample.time_us[first])))
+        found[here] = sample.time_us[here] < _FASTER_THAN_SMALLEST * floor
+    return found
+
+
+def _require_plausible(table: OpTable, samples: Sequence[OpSamples]) -> None:
+    kinds = {"step": _SHORTEST_STEP_US, "module": _SHORTEST_MODULE_US, "kernel": _SHORTEST_US}
+    for kind, (low, high) in kinds.items():
+        times = [float(sample.time_us.min()) for sample in samples if _kind(sample) == kind]
+        if times and not low <= min(times) <= high:
+            raise _wrong_unit(table, f"the shortest {kind} takes {min(times):,.4g} us", min(times) > high)
+    for sample in samples:
+        work, (least, most), unit = _amount(sample)
+        if work is None:
+            continue
+        rate = float(np.quantile(work / sample.time_us, 0.99))
+        if not least <= rate <= most:
+            raise _wrong_unit(table, f"{sample.op}: {rate:,.3g} {unit} per microsecond at best", rate < least)
+
+
+def _kind(sample: OpSamples) -> str:
+    if sample.work.endswith("_step"):
+        return "step"
+    return "module" if "module" in sample.op or "mla" in sample.op else "kernel"
+
+
+def _amount(sample: OpSamples) -> tuple[FloatArray | None, tuple[float, float], str]:
+    """Work of each row that a roofline bounds, and the bounds of its rate."""
+    column = {name: np.asarray(values, np.float64) for name, values in sample.columns.items()}
+    if sample.work == "gemm":
+        return column["m"] * column["n"] * column["k"], (_LEAST_PRODUCTS_PER_US, _MOST_PRODUCTS_PER_US), "multiply-adds"
+    if sample.work == "decode_attention" and _kind(sample) == "kernel":
+        if "num_key_value_heads" in column:
+            heads: FloatArray | float = column["num_key_value_heads"]
+        else:
+            heads = sample.constants.get("num_key_value_heads", 1.0)
+        keys = column["num_decode"] * column["context"] * heads
+        keep = ~faster_than_smallest(sample) if not sample.constants.get("window_size") else np.zeros(len(keys), bool)
+        if keep.any():
+            return np.where(keep, keys, 0.0), (_LEAST_KEYS_PER_US, _MOST_KEYS_PER_US), "keys"
+    return None, (0.0, np.inf), ""
+
+
+def _wrong_unit(table: OpTable, found: str, too_long: bool) -> InputError:
+    guess = "microseconds read as milliseconds" if too_long else "milliseconds read as microseconds"
+    remedy = "divide" if too_long else "multiply"
+    return InputError(
+        f"the unit looks wrong: {found}, which no hardware does ({guess}?): {remedy} the times by 1000", path=table.path
+    )

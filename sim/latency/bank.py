@@ -1,0 +1,298 @@
+"""Grids of one operator, one per model shape, on common axes: interpolation along loads, never across shapes.
+
+    time = trend(columns) * ratio(shape, load)        "hybrid": the table corrects the physics
+    time = trend(columns) + rest(shape, load)         "corrected": the physics bends the table between its points
+    time = value(shape, load)                         "linear": the table alone
+
+Ratios are linear in octaves of the load: octave(x) is the exact, piecewise-linear cousin of log2 (equal at powers of
+two), so the numbers are the same on every machine. Beyond the axes' ends a ratio is held, and the trend goes on.
+Rests and values are linear in the load itself and go on in a straight line.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from kvtwin.sim.latency.grid import FloatArray
+from kvtwin.sim.latency.work import Columns, trend
+
+
+def octave(values: npt.ArrayLike) -> FloatArray:
+    """e + 2 m - 1 of x + 1 = m * 2^e: monotone, linear between powers of two, and exact.
+
+    >>> octave([0.0, 1.0, 2.0, 3.0, 7.0]).tolist()
+    [0.0, 1.0, 1.5, 2.0, 3.0]
+    """
+    mantissa, exponent = np.frexp(np.asarray(values, np.float64) + 1.0)
+    found: FloatArray = exponent + 2.0 * mantissa - 2.0
+    return found
+
+
+def staircase(values: FloatArray, tiles: Sequence[float]) -> FloatArray:
+    """Mean over tiles of the load rounded up to whole tiles, and a tenth of the load itself.
+
+    A kernel that works in tiles of 64 rows takes as long for 65 rows as for 128: points on one step lie close together,
+    so a value between two points is taken from the one on its own step.
+
+    >>> staircase(np.array([64.0, 65.0, 128.0]), [64.0]).round(6).tolist()
+    [64.0, 121.7, 128.0]
+    """
+    total = np.zeros(len(values))
+    for tile in tiles:
+        total = total + np.ceil(values / tile) * tile
+    return (1.0 - _OWN_SHARE) * (total / len(tiles)) + _OWN_SHARE * values
+
+
+_OWN_SHARE: Final = 0.1
+MIN_TIME_US: Final = 1e-3  # no prediction is shorter
+_ROWS_AT_ONCE: Final = 8192
+
+
+class ShapeBank:
+    """Values on the product of load axes, for each of several model shapes.
+
+    Args:
+        shape_names: columns that tell shapes apart; () where there is one shape.
+        shapes: array of shape (num_shapes, len(shape_names)).
+        axes: load column to its increasing values.
+        values: array of shape (num_shapes, len(axis 1), ...), finite.
+        octaves: interpolate linearly in octaves and hold the ends; else in the load itself, going on in a straight line.
+        steps: load column to the tiles that it fills: such a load is placed on a staircase (`staircase`).
+    """
+
+    def __init__(
+        self,
+        shape_names: Sequence[str],
+        shapes: npt.ArrayLike,
+        axes: Mapping[str, npt.ArrayLike],
+        values: npt.ArrayLike,
+        octaves: bool,
+        steps: Mapping[str, Sequence[float]] | None = None,
+    ) -> None:
+        """Raises ValueError where the parts do not fit together."""
+        self.shape_names = tuple(shape_names)
+        self.shapes = np.asarray(shapes, np.float64)
+        self.axes = {name: np.asarray(axis, np.float64) for name, axis in axes.items()}
+        self.values = np.asarray(values, np.float64)
+        self.octaves = octaves
+        self.steps = {name: tuple(float(tile) for tile in tiles) for name, tiles in (steps or {}).items()}
+        num_shapes = len(self.shapes) if self.shape_names else 1
+        if self.shape_names and self.shapes.shape != (num_shapes, len(self.shape_names)):
+            raise ValueError(f"shapes of shape {self.shapes.shape} for {len(self.shape_names)} columns")
+        if self.values.shape != (num_shapes, *(len(axis) for axis in self.axes.values())):
+            raise ValueError(f"values of shape {self.values.shape} do not fit {num_shapes} shapes and the axes")
+        if not np.all(np.isfinite(self.values)):
+            raise ValueError("every value must be finite")
+        if any(len(axis) == 0 or np.any(np.diff(axis) <= 0) for axis in self.axes.values()):
+            raise ValueError("every axis must be strictly increasing and not empty")
+        self._places = {name: self.place(name, axis) for name, axis in self.axes.items()}
+        self._log_shapes = octave(self.shapes)
+
+    def __call__(self, columns: Columns) -> FloatArray:
+        """Values of n batches: float64 of shape (n,)."""
+        n = len(next(iter(columns.values())))
+        flat = self._shape_index(columns, n)
+        cells: list[tuple[npt.NDArray[np.intp], FloatArray, int]] = []
+        for name, place in self._places.items():
+            size = len(place)
+            flat = flat * size
+            if size == 1:
+                continue
+            where = self.place(name, np.asarray(columns[name], np.float64))
+            cell = np.clip(np.searchsorted(place, where, side="right") - 1, 0, size - 2)
+            share = (where - place[cell]) / (place[cell + 1] - place[cell])
+            if self.octaves:
+                share = np.clip(share, 0.0, 1.0)
+            flat = flat + cell
+            cells.append((cell, share, size))
+        return self._interpolated(flat, [share for _, share, _ in cells])
+
+    def place(self, name: str, load: FloatArray) -> FloatArray:
+        """Coordinate of a load, in which values are linear."""
+        if name in self.steps:
+            return staircase(load, self.steps[name])
+        return octave(load) if self.octaves else load
+
+    def _interpolated(self, flat: npt.NDArray[np.intp], shares: list[FloatArray]) -> FloatArray:
+        sizes = [len(axis) for axis in self.axes.values()]
+        strides = [int(np.prod(sizes[at + 1 :])) for at, size in enumerate(sizes) if size > 1]
+        table = self.values.ravel()
+        result = np.zeros(len(flat))
+        for corner in itertools.product((0, 1), repeat=len(shares)):
+            weight = np.ones(len(flat))
+            offset = 0
+            for side, share, stride in zip(corner, shares, strides, strict=True):
+                weight = weight * (share if side else 1.0 - share)
+                offset += side * stride
+            result = result + weight * table[flat + offset]
+        return result
+
+    def _shape_index(self, columns: Columns, n: int) -> npt.NDArray[np.intp]:
+        """Row of `shapes` for each batch; of an unknown shape the nearest one, in octaves."""
+        if not self.shape_names:
+            return np.zeros(n, np.intp)
+        wanted = np.column_stack([np.asarray(columns[name], np.float64) for name in self.shape_names])
+        different, inverse = np.unique(wanted, axis=0, return_inverse=True)
+        near = [int(np.argmin(((self._log_shapes - place) ** 2).sum(axis=1))) for place in octave(different)]
+        return np.asarray(near, np.intp)[inverse.ravel()]
+
+    def knows(self, columns: Columns) -> npt.NDArray[np.bool_]:
+        """Which batches lie inside: a known shape, every load within its axis."""
+        n = len(next(iter(columns.values())))
+        inside = np.ones(n, np.bool_)
+        for name, axis in self.axes.items():
+            values = np.asarray(columns[name], np.float64)
+            inside &= (values >= axis[0]) & (values <= axis[-1])
+        if self.shape_names:
+            found = self.shapes[self._shape_index(columns, n)]
+            wanted = np.column_stack([np.asarray(columns[name], np.float64) for name in self.shape_names])
+            inside &= np.all(found == wanted, axis=1)
+        return inside
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ShapeBank:
+        """Read `to_json`'s output. Raises KeyError, TypeError or ValueError on anything else."""
+        return cls(
+            data["shape_names"], data["shapes"], data["axes"], data["values"], bool(data["octaves"]), data["steps"]
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Numbers and names only; values to six digits."""
+        return {
+            "shape_names": list(self.shape_names),
+            "shapes": [[_plain(value) for value in row] for row in self.shapes.tolist()],
+            "axes": {name: [_plain(value) for value in axis.tolist()] for name, axis in self.axes.items()},
+            "values": _digits(self.values).tolist(),
+            "octaves": self.octaves,
+            "steps": {name: list(tiles) for name, tiles in self.steps.items()},
+        }
+
+
+def _plain(value: float) -> float | int:
+    return int(value) if value == int(value) else value
+
+
+def _digits(values: FloatArray) -> FloatArray:
+    """Six significant digits: a millionth, far below any timer's noise."""
+    flat = [float(f"{value:.6g}") for value in values.ravel().tolist()]
+    return np.array(flat, np.float64).reshape(values.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """A reference's time r on other hardware.
+
+    (offset + slope * r + bend * max(r - knot, 0)) * (factor + tilt * (octave(r) - centre)), the last at least 0.1
+    """
+
+    offset_us: float
+    slope: float
+    bend: float
+    knot_us: float
+    factor: float = 1.0
+    tilt: float = 0.0
+    centre: float = 0.0
+
+    def apply(self, reference_us: FloatArray) -> FloatArray:
+        """Microseconds on the other hardware."""
+        common = self.offset_us + self.slope * reference_us + self.bend * np.maximum(reference_us - self.knot_us, 0.0)
+        own = self.factor + self.tilt * (octave(reference_us) - self.centre)
+        return common * np.maximum(own, 0.1)
+
+
+class OperatorModel:
+    """Time of one operator under one key, in microseconds.
+
+    Args:
+        op, work, key: which operator (`traces.readers.optable.OpSamples`).
+        constants: columns that the key fixes (head_dim, window_size ...).
+        prices: microseconds per unit of each term of `work.py`; empty for a table alone.
+        tile, slots: of the trend's thread blocks; slots 0: no waves.
+        bank: table of ratios or rests (with prices) or of times (without); None for the trend alone.
+        scale: from the hardware that prices and bank were fitted on to another; None for the same.
+    """
+
+    def __init__(
+        self,
+        op: str,
+        work: str,
+        key: Mapping[str, str],
+        constants: Mapping[str, float],
+        prices: Mapping[str, float],
+        tile: float,
+        slots: float,
+        bank: ShapeBank | None,
+        scale: Scale | None = None,
+    ) -> None:
+        self.op, self.work, self.key = op, work, dict(key)
+        self.constants, self.prices = dict(constants), dict(prices)
+        self.tile, self.slots, self.bank, self.scale = tile, slots, bank, scale
+
+    def time_us(self, columns: Columns) -> FloatArray:
+        """Microseconds of n batches; columns are the loads (and shapes) that the samples had."""
+        n = len(next(iter(columns.values())))
+        if n > _ROWS_AT_ONCE:  # what fits the processor's cache is several times faster
+            starts = range(0, n, _ROWS_AT_ONCE)
+            parts = [{name: values[at : at + _ROWS_AT_ONCE] for name, values in columns.items()} for at in starts]
+            return np.concatenate([self.time_us(part) for part in parts])
+        found = self._unscaled_us(columns)
+        return found if self.scale is None else np.maximum(self.scale.apply(found), MIN_TIME_US)
+
+    def _unscaled_us(self, columns: Columns) -> FloatArray:
+        ratio = self.bank(columns) if self.bank is not None else None
+        if not self.prices:
+            if ratio is None:
+                raise ValueError("neither prices nor a table")
+            return np.maximum(ratio, MIN_TIME_US)
+        found = trend(self.work, self._with_constants(columns), self.prices, self.tile, self.slots)
+        if ratio is not None:
+            found = found * ratio if self.bank is not None and self.bank.octaves else found + ratio
+        return np.maximum(found, MIN_TIME_US)
+
+    def _with_constants(self, columns: Columns) -> Columns:
+        n = len(next(iter(columns.values())))
+        return {**columns, **{name: np.full(n, value) for name, value in self.constants.items()}}
+
+    def scaled(self, scale: Scale) -> OperatorModel:
+        """The same operator on other hardware."""
+        return OperatorModel(
+            self.op, self.work, self.key, self.constants, self.prices, self.tile, self.slots, self.bank, scale
+        )
+
+    def with_key(self, key: Mapping[str, str]) -> OperatorModel:
+        """The same numbers under another key."""
+        return OperatorModel(
+            self.op, self.work, key, self.constants, self.prices, self.tile, self.slots, self.bank, self.scale
+        )
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> OperatorModel:
+        """Read `to_json`'s output. Raises KeyError, TypeError or ValueError on anything else."""
+        bank = ShapeBank.from_json(data["bank"]) if data["bank"] is not None else None
+        constants = {name: float(value) for name, value in data["constants"].items()}
+        prices = {name: float(value) for name, value in data["prices"].items()}
+        scale = Scale(**{name: float(value) for name, value in data["scale"].items()}) if data["scale"] else None
+        return cls(
+            str(data["op"]), str(data["work"]), data["key"], constants, prices,
+            float(data["tile"]), float(data["slots"]), bank, scale,
+        )  # fmt: skip
+
+    def to_json(self) -> dict[str, Any]:
+        """Numbers and names only."""
+        return {
+            "op": self.op,
+            "work": self.work,
+            "key": self.key,
+            "constants": self.constants,
+            "prices": self.prices,
+            "tile": self.tile,
+            "slots": self.slots,
+            "bank": self.bank.to_json() if self.bank is not None else None,
+            "scale": asdict(self.scale) if self.scale is not None else None,
+        }

@@ -1,0 +1,307 @@
+"""What an operator's work is: columns of a batch to non-negative terms whose prices a fit finds.
+
+    trend = sum over terms of price * term
+
+Terms are shaped like a roofline: a floor (1), bytes, arithmetic, and *waves*: a GPU runs `slots` thread blocks at once,
+so 189 blocks on 188 slots take as long as 376. `tile` is how many rows one block works on. Only +, -, *, /, comparisons,
+ceil and floor are used, so the numbers are the same on every machine (see `grid.py`).
+
+Sources: the blocks of FlashAttention-2 (`flash_fwd_kernel.h`: one per tile of queries, sequence and head; decodes pack a
+key-value head's queries and split the context where the GPU would idle) and NVIDIA's "Matrix Multiplication Background
+User's Guide" (tile and wave quantisation). TPUs and CPUs have no waves: there the fit picks slots = 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from kvtwin.sim.latency.grid import FloatArray
+
+Columns = Mapping[str, FloatArray]
+Terms = dict[str, FloatArray]
+Work = Callable[[Columns, float, float], Terms]
+
+_PIECE: Final = 128.0  # keys that a thread block takes at a time
+
+
+def _ceil(top: FloatArray, bottom: float | FloatArray) -> FloatArray:
+    value: FloatArray = np.ceil(top / bottom)
+    return value
+
+
+def _waves(blocks: FloatArray, slots: float) -> FloatArray:
+    """Rounds that `blocks` need; slots = 0 stands for a device that is never partly full."""
+    return _ceil(blocks, slots) if slots else blocks
+
+
+def _get(columns: Columns, name: str, default: float) -> FloatArray:
+    found = columns.get(name)
+    return found if found is not None else np.full(len(next(iter(columns.values()))), default)
+
+
+def _heads(columns: Columns) -> tuple[FloatArray, FloatArray]:
+    """Query and key-value heads; a table without them has one model, whose heads are in the prices or in `slots`."""
+    heads = _get(columns, "num_heads", 1.0)
+    return heads, _get(columns, "num_key_value_heads", 0.0) if "num_key_value_heads" in columns else heads
+
+
+def _windowed(length: FloatArray, columns: Columns, extra: float) -> FloatArray:
+    """Keys seen through a sliding window (window_size 0: no window)."""
+    window = _get(columns, "window_size", 0.0)
+    return np.where(window > 0, np.minimum(length, window + extra), length)
+
+
+def _prefill_attention(columns: Columns, tile: float, slots: float) -> Terms:
+    heads, kv_heads = _heads(columns)
+    seqs, chunk, prefix = _get(columns, "num_seqs", 1.0), columns["chunk"], _get(columns, "prefix", 0.0)
+    blocks = seqs * heads * _ceil(chunk, tile)
+    span = _windowed(prefix + (np.minimum(chunk, tile) + chunk) / 2, columns, tile)
+    longest = _windowed(prefix + chunk, columns, tile)
+    share = blocks * span / (slots or 1.0)
+    return {
+        "call": np.ones(len(chunk)),
+        "waves": _waves(blocks, slots),
+        "wave keys": _waves(blocks, slots) * span,
+        "keys": share,
+        "busy or longest": np.maximum(share, longest),
+        "longest": longest,
+        "queries": seqs * chunk * (heads + kv_heads),
+        "prefix": seqs * prefix * kv_heads,
+    }
+
+
+def _decode_attention(columns: Columns, tile: float, slots: float) -> Terms:
+    heads, kv_heads = _heads(columns)
+    seqs, context = columns["num_decode"], _windowed(columns["context"], columns, 0.0)
+    blocks = seqs * kv_heads * _ceil(heads / kv_heads, tile)
+    pieces = np.maximum(_ceil(context, _PIECE), 1.0)
+    splits = np.clip(np.floor((slots or 1.0) / blocks), 1.0, pieces)
+    longest = _ceil(pieces, splits) * _PIECE
+    waves = _waves(blocks * splits, slots)
+    read = seqs * kv_heads * context
+    terms = {
+        "call": np.ones(len(seqs)),
+        "waves": waves,
+        "wave keys": waves * longest,
+        "longest": longest,
+        "split": (splits > 1).astype(np.float64),
+        "keys": read,
+        "query keys": seqs * heads * context,
+        "queries": seqs * heads,
+    }
+    return terms | _spills(read)
+
+
+def _spills(read: FloatArray) -> Terms:
+    """Keys beyond what a cache of each size holds: their price is that of memory, not of the cache."""
+    return {f"keys over {int(size)}": np.maximum(read - size, 0.0) for size in (65536.0, 262144.0, 1048576.0)}
+
+
+def _mixed_attention(columns: Columns, tile: float, slots: float) -> Terms:
+    """One prefill with decodes in one launch: query heads are not packed and no context is split."""
+    heads, kv_heads = _heads(columns)
+    chunk, prefix, seqs, context = (columns[name] for name in ("chunk", "prefix", "num_decode", "context"))
+    span = prefix + (np.minimum(chunk, tile) + chunk) / 2
+    first, second = (heads * _ceil(chunk, tile), span), (seqs * heads, context)
+    return _two_kinds(first, second, slots, prefix + chunk) | _spills(seqs * kv_heads * context)
+
+
+def _uneven_decode(columns: Columns, tile: float, slots: float) -> Terms:
+    """Decodes of two lengths; all are cut into pieces of the length that suits the longest."""
+    heads, kv_heads = _heads(columns)
+    seqs, context = columns["num_decode"], columns["context"]
+    long_seqs = np.rint(seqs * columns["long_share"])
+    longest = context * columns["skew"]
+    blocks = seqs * kv_heads * _ceil(heads / kv_heads, tile)
+    pieces = np.maximum(_ceil(longest, _PIECE), 1.0)
+    piece = _ceil(pieces, np.clip(np.floor((slots or 1.0) / blocks), 1.0, pieces)) * _PIECE
+    many = long_seqs * kv_heads * _ceil(longest, piece), np.minimum(piece, longest)
+    few = (seqs - long_seqs) * kv_heads * _ceil(context, piece), np.minimum(piece, context)
+    read = kv_heads * (long_seqs * longest + (seqs - long_seqs) * context)
+    return _two_kinds(many, few, slots, piece) | {"keys": read} | _spills(read)
+
+
+def _uneven_mixed(columns: Columns, tile: float, slots: float) -> Terms:
+    heads, kv_heads = _heads(columns)
+    chunk, prefix = columns["chunk"], columns["prefix"]
+    seqs, context = columns["num_decode"], columns["context"]
+    long_seqs = np.rint(seqs * columns["long_share"])
+    longest = context * columns["skew"]
+    span = prefix + (np.minimum(chunk, tile) + chunk) / 2
+    mean = (long_seqs * longest + (seqs - long_seqs) * context) / seqs
+    terms = _two_kinds((heads * _ceil(chunk, tile), span), (seqs * heads, mean), slots, prefix + chunk)
+    tail = _two_kinds((long_seqs * heads, longest), ((seqs - long_seqs) * heads, context), slots, mean)
+    read = kv_heads * seqs * mean
+    terms |= {f"decodes: {name}": tail[name] for name in ("first end", "second end")}
+    terms["longest"] = np.maximum(prefix + chunk, longest)
+    return terms | _spills(read)
+
+
+def _two_kinds(
+    first: tuple[FloatArray, FloatArray], second: tuple[FloatArray, FloatArray], slots: float, longest: FloatArray
+) -> Terms:
+    """Terms of a launch with two kinds of thread blocks, (how many, how long)."""
+    (many, long), (more, other) = first, second
+    total = many * long + more * other
+    return {
+        "call": np.ones(len(total)),
+        "first end": _list_end(many, long, more, other, slots),
+        "second end": _list_end(more, other, many, long, slots),
+        "keys of blocks": total / (slots or 1.0),
+        "waves": _waves(many + more, slots),
+        "longest": np.maximum(longest, np.maximum(long, other)),
+        "blocks": many + more,
+    }
+
+
+def _list_end(many: FloatArray, long: FloatArray, more: FloatArray, other: FloatArray, slots: float) -> FloatArray:
+    """When the last block ends: `many` blocks of length `long` are handed out first, then `more` of length `other`.
+
+    Greedy list scheduling of two kinds, in closed form. After `rounds` full rounds of the first kind, `busy` slots run
+    one more of it. In units of `other`, those come free at q, the rest at 0. By time x a slot that is free from f on has
+    taken floor(x - f) blocks, so the count of finished blocks grows at whole x (by the free slots) and at q + whole x
+    (by the busy ones): the end is the first of these times at which it reaches `more`.
+    """
+    if not slots:
+        return many * long + more * other
+    rounds = np.floor(many / slots)
+    busy = many - rounds * slots
+    free = slots - busy
+    first_end = np.where(many > 0, _ceil(many, slots) * long, 0.0)
+    step = np.where(other > 0, other, 1.0)
+    late = np.where(busy > 0, long / step, 0.0)  # q
+    whole = np.floor(late)
+    early = _ceil(more, np.maximum(free, 1e-9))
+    with_busy = late + np.maximum(_ceil(more - free * whole, slots), 0.0)
+    with_free = whole + 1.0 + np.maximum(_ceil(more - free * (whole + 1.0), slots), 0.0)
+    last = np.where(early <= whole, early, np.minimum(with_busy, with_free))
+    return np.maximum(first_end, np.where(more > 0, rounds * long + last * step, 0.0))
+
+
+def _gemm(columns: Columns, tile: float, slots: float) -> Terms:
+    m, n, k = columns["m"], columns["n"], columns["k"]
+    tiles = _ceil(m, tile) * _ceil(n, 128.0)
+    waves = _waves(tiles, slots)
+    return {
+        "call": np.ones(len(m)),
+        "waves": waves,
+        "wave products": waves * k,
+        "products": m * n * k,
+        "tile products": tiles * k,
+        "weights": n * k,
+        "inputs": m * k,
+        "outputs": m * n,
+        "depth": k,
+    }
+
+
+def _moe(columns: Columns, tile: float, slots: float) -> Terms:  # noqa: ARG001 - the contract's
+    tokens = columns["num_tokens"]
+    size = _get(columns, "hidden_size", 1.0) * _get(columns, "inter_size", 1.0) / _get(columns, "moe_tp_size", 1.0)
+    spread = _get(columns, "moe_ep_size", 1.0)
+    experts = np.maximum(_get(columns, "num_experts", 1.0) / spread, 1.0)
+    routed = tokens * _get(columns, "topk", 1.0) / spread
+    active = columns["activated_experts"] if "activated_experts" in columns else np.minimum(experts, np.ceil(routed))
+    return {
+        "call": np.ones(len(tokens)),
+        "tokens": tokens,
+        "routed": routed,
+        "weights": active * size,
+        "products": routed * size,
+        "tile products": active * _ceil(routed / np.maximum(active, 1.0), tile) * tile * size,
+        "inputs": tokens * _get(columns, "hidden_size", 1.0),
+        "experts": experts,
+    }
+
+
+def _tokens(columns: Columns, tile: float, slots: float) -> Terms:  # noqa: ARG001 - the contract's
+    tokens = columns["num_tokens"]
+    terms = {"call": np.ones(len(tokens)), "tokens": tokens, "tiles": _ceil(tokens, tile)}
+    return terms | {
+        f"tokens over {int(knot)}": np.maximum(tokens - knot, 0.0) for knot in (64.0, 256.0, 1024.0, 4096.0)
+    }
+
+
+def _transfer(columns: Columns, tile: float, slots: float) -> Terms:  # noqa: ARG001 - the contract's
+    size, devices = columns["num_bytes"], _get(columns, "num_gpus", 2.0)
+    terms = {"call": np.ones(len(size)), "devices": devices, "bytes": size, "ring": size * (devices - 1) / devices}
+    return terms | {
+        f"bytes over {int(knot)}": np.maximum(size - knot, 0.0) for knot in (65536.0, 524288.0, 4194304.0, 33554432.0)
+    }
+
+
+def _prompt_step(columns: Columns, tile: float, slots: float) -> Terms:  # noqa: ARG001 - the contract's
+    seqs, prompt = columns["num_seqs"], columns["prompt_tokens"]
+    tokens = seqs * prompt
+    terms = {"call": np.ones(len(tokens)), "tokens": tokens, "pairs": tokens * prompt, "seqs": seqs}
+    return terms | {
+        f"tokens over {int(knot)}": np.maximum(tokens - knot, 0.0) for knot in (256.0, 1024.0, 2048.0, 4096.0)
+    }
+
+
+def _token_step(columns: Columns, tile: float, slots: float) -> Terms:  # noqa: ARG001 - the contract's
+    seqs, context = columns["num_decode"], columns["context"]
+    terms = {
+        "call": np.ones(len(seqs)),
+        "seqs": seqs,
+        "context": seqs * context,
+        "batch": (seqs > 1).astype(np.float64),
+    }
+    return terms | {f"seqs over {int(knot)}": np.maximum(seqs - knot, 0.0) for knot in (8.0, 16.0, 32.0)}
+
+
+def _uneven_prefill(columns: Columns, tile: float, slots: float) -> Terms:  # noqa: ARG001 - the contract's
+    tokens = columns["prompt_tokens"]
+    return {
+        "call": np.ones(len(tokens)),
+        "tokens": tokens,
+        "pairs": columns["squares"] / 2 + tokens * columns["prefix"],
+        "longest": columns["longest"],
+        "longest pairs": columns["longest"] * columns["longest"],
+        "seqs": columns["num_seqs"],
+    }
+
+
+# By `OpSamples.work`.
+WORKS: Final[Mapping[str, Work]] = {
+    "prefill_attention": _prefill_attention,
+    "decode_attention": _decode_attention,
+    "mixed_attention": _mixed_attention,
+    "uneven_decode": _uneven_decode,
+    "uneven_mixed": _uneven_mixed,
+    "uneven_prefill": _uneven_prefill,
+    "gemm": _gemm,
+    "moe": _moe,
+    "tokens": _tokens,
+    "transfer": _transfer,
+    "prompt_step": _prompt_step,
+    "token_step": _token_step,
+}
+
+# Works whose time moves in waves of thread blocks, so that `slots` is worth a search; and tiles worth trying.
+WAVES: Final = ("prefill_attention", "decode_attention", "mixed_attention", "uneven_decode", "uneven_mixed", "gemm")
+TILES: Final[Mapping[str, tuple[float, ...]]] = {
+    "prefill_attention": (64.0, 128.0, 256.0), "mixed_attention": (64.0, 128.0), "uneven_mixed": (64.0, 128.0),
+    "decode_attention": (16.0, 64.0), "uneven_decode": (16.0, 64.0), "gemm": (64.0, 128.0, 256.0),
+    "moe": (16.0, 64.0, 128.0), "tokens": (16.0, 64.0, 128.0),
+}  # fmt: skip
+
+
+def terms(work: str, columns: Columns, tile: float, slots: float) -> Terms:
+    """The terms of n batches, each of shape (n,). Raises KeyError for an unknown work or a missing column."""
+    return WORKS[work]({name: np.asarray(values, np.float64) for name, values in columns.items()}, tile, slots)
+
+
+def trend(
+    work: str, columns: Columns, prices: Mapping[str, float], tile: float, slots: float
+) -> npt.NDArray[np.float64]:
+    """sum of price * term: float64 of shape (n,), added up term by term (see `regression.py`)."""
+    found = terms(work, columns, tile, slots)
+    total = np.zeros(len(next(iter(found.values()))))
+    for name, price in prices.items():
+        total = total + price * found[name]
+    return total

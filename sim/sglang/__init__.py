@@ -1,0 +1,1 @@
+"""SGLang: its scheduler, its loops and its caches, decision for decision."""

@@ -1,0 +1,127 @@
+"""Simulate a workload on one SGLang server: from a Run of arrivals to a Run of what would happen."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from kvtwin.sim.latency.base import LatencyModel
+from kvtwin.sim.latency.host import HostTime
+from kvtwin.sim.sglang.build_cache import build_cache
+from kvtwin.sim.sglang.clock import Clock
+from kvtwin.sim.sglang.config import SglangConfig, rules_version
+from kvtwin.sim.sglang.engine import Observer, SglangEngine
+from kvtwin.sim.sglang.pool import KvPool
+from kvtwin.sim.sglang.record import Recorder
+from kvtwin.sim.sglang.request import SglangRequest
+from kvtwin.sim.sglang.runs import merge_runs
+from kvtwin.sim.sglang.scheduler import SglangScheduler
+from kvtwin.traces.errors import InputError
+from kvtwin.traces.run import Run, RunInfo
+from kvtwin.traces.workload import prefix_nodes
+
+
+def simulate_sglang(
+    workload: Run,
+    config: SglangConfig,
+    latency: LatencyModel,
+    host: HostTime | None = None,
+    *,
+    record_steps: bool = True,
+    plain: bool = False,
+    source: Mapping[str, Any] | None = None,
+) -> Run:
+    """Serve a workload's requests with one SGLang server; arguments as of `kvtwin.sim.simulate.simulate`.
+
+    Every request runs to its output length (`ignore_eos`), which is also its `max_new_tokens`.
+
+    Raises:
+        InputError: a request that the server would refuse, cut short, or never schedule.
+        KvtwinError: the server would stop, or wait for ever.
+    """
+    started = time.perf_counter()
+    requests = build_requests(workload, config)
+    recorder = Recorder(len(requests), record_steps=record_steps)
+    engine = build_engine(config, latency, host, observer=recorder, plain=plain)
+    recorder.scheduler = engine.scheduler
+    engine.run(sorted(requests, key=lambda request: request.arrival_ns))
+    core_s = time.perf_counter() - started
+    info = RunInfo(
+        kind="simulated",
+        engine=f"sglang {config.version} (rules of {rules_version(config.version)})",
+        hardware=workload.info.hardware,
+        model=workload.info.model,
+        hash_block_tokens=workload.info.hash_block_tokens,
+        engine_config=dataclasses.asdict(config),
+        source=dict(source or {}),
+        metrics={"num_steps": engine.num_steps, "core_s": round(core_s, 6)},
+    )
+    return Run(info, recorder.tables(workload.requests, requests), name="the simulated run")
+
+
+def build_engine(
+    config: SglangConfig,
+    latency: LatencyModel,
+    host: HostTime | None = None,
+    *,
+    observer: Observer,
+    transfers: Mapping[str, Any] | None = None,
+    plain: bool = False,
+) -> SglangEngine:
+    """An idle server; `transfers` are the times of the links below the device (`build_cache`)."""
+    clock = Clock()
+    pool = KvPool(config.max_total_tokens, config.page_size)
+    cache = build_cache(config, pool, clock, transfers)
+    return SglangEngine(SglangScheduler(config, pool, cache), clock, latency, host, observer=observer, plain=plain)
+
+
+def build_requests(workload: Run, config: SglangConfig) -> list[SglangRequest]:
+    """The server's view of a workload's requests, by row.
+
+    Raises:
+        InputError: prompt plus output longer than the server takes; names the row.
+    """
+    table = workload.requests
+    columns = [table.column(name).to_pylist() for name in ("arrival_ns", "input_tokens", "output_tokens", "priority")]
+    block_tokens = workload.info.hash_block_tokens or 0
+    nodes = prefix_nodes(table) if block_tokens else [[] for _ in range(table.num_rows)]
+    unused = block_tokens * (1 + max((max(chain) for chain in nodes if chain), default=-1))
+    # SGLang's sentinels for requests without a priority (`_set_or_validate_priority`).
+    lowest = sys.maxsize if config.schedule_low_priority_values_first else -sys.maxsize - 1
+    requests = []
+    for row, (arrival_ns, prompt, output, priority) in enumerate(zip(*columns, strict=True)):
+        _refuse_too_long(prompt, output, config, workload, row)
+        runs, left = [], prompt
+        for node in nodes[row]:
+            runs.append((node * block_tokens, min(block_tokens, left)))
+            left -= runs[-1][1]
+        runs.append((unused, left))
+        requests.append(
+            SglangRequest(
+                row=row,
+                arrival_ns=arrival_ns,
+                num_prompt_tokens=prompt,
+                max_new_tokens=output,
+                prompt_runs=merge_runs(runs),
+                output_base=unused + left + 1,
+                priority=lowest if priority is None else priority,
+            )
+        )
+        unused += left + 1 + output + 1
+    return requests
+
+
+def _refuse_too_long(prompt: int, output: int, config: SglangConfig, workload: Run, row: int) -> None:
+    # The server needs room for the request and, at admission, for a page more than that.
+    room = min(config.max_req_len - 1, config.max_total_tokens - 4 * config.page_size - 8)
+    if prompt + output > room:
+        raise InputError(
+            f"{prompt} + {output} tokens: more than the {room} that context_length ({config.context_length}) and "
+            f"max_total_tokens ({config.max_total_tokens}) leave for one request",
+            path=workload.path,
+            row=row,
+            column="input_tokens",
+        )

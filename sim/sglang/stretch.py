@@ -1,0 +1,114 @@
+"""Decode steps that change nothing but counters, taken many at a time, equal to single steps bit for bit.
+
+Between two events the running requests decode together: nobody joins or ends, no page is evicted. Each context grows by
+one token a step, so a batch's statistics and the pages it begins follow in closed form from the first step's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvtwin.sim.latency.stats import COLUMNS, BatchStats, IntArray
+from kvtwin.sim.sglang.request import SglangRequest
+from kvtwin.sim.sglang.scheduler import SglangScheduler
+
+
+@dataclass(slots=True, eq=False)
+class Stretch:
+    """Alike decode steps, as they were launched.
+
+    Attributes:
+        requests: the batch of every step.
+        first_cache_lens: each request's tokens with KV before the first step.
+        sched_ns, start_ns, end_ns, now_ns: times of each step; `now_ns` is when the loop goes on after launching it.
+        available: free tokens of the pool after forming each step.
+        ratios: new_token_ratio after forming each step.
+    """
+
+    requests: list[SglangRequest]
+    first_cache_lens: list[int]
+    sched_ns: list[int]
+    start_ns: list[int]
+    end_ns: list[int]
+    now_ns: list[int]
+    available: list[int]
+    ratios: list[float]
+
+    def __len__(self) -> int:
+        return len(self.end_ns)
+
+    def cache_lens(self, step: int) -> list[int]:
+        """Tokens with KV before a step, per request."""
+        return [length + step for length in self.first_cache_lens]
+
+
+def num_steady_steps(scheduler: SglangScheduler, most: int) -> int:
+    """Steps that can be taken before a request ends or memory gets tight, at most `most`; 0 if a prefill may come."""
+    if not scheduler.only_decodes():
+        return 0
+    running = scheduler.running
+    steps = min(most, min([request.max_new_tokens - request.num_outputs for request in running]) - 1)
+    # Below this nothing is evicted: the decode asks for a page per request, whether or not it begins one.
+    spare = scheduler.pool.available - len(running) * scheduler.pool.page_size
+    if steps <= 0 or spare < 0:
+        return 0
+    size = scheduler.pool.page_size
+    if size == 1:
+        return min(steps, spare // len(running) + 1)
+    if spare >= len(running) * size * (steps // size + 1):
+        return steps
+    begun = np.cumsum(size * pages_begun([request.kv_len for request in running], size, steps))
+    return min(steps, int(np.searchsorted(begun, spare, side="right")) + 1)
+
+
+def pages_begun(kv_lens: list[int], page_size: int, num_steps: int) -> IntArray:
+    """Pages that each of `num_steps` decode steps begins: how many contexts cross a page boundary."""
+    by_residue = np.bincount(np.array(kv_lens) % page_size, minlength=page_size)
+    result: IntArray = by_residue[-np.arange(num_steps) % page_size]
+    return result
+
+
+def decode_batches(kv_lens: list[int], num_steps: int) -> BatchStats:
+    """Statistics of `num_steps` decodes whose contexts begin at `kv_lens`."""
+    step = np.arange(num_steps, dtype=np.int64)
+    count, total = len(kv_lens), sum(kv_lens)
+    squares = sum([length * length for length in kv_lens])
+    table = np.zeros((num_steps, len(COLUMNS)), dtype=np.int64)
+    table[:, COLUMNS.index("num_decode")] = count
+    table[:, COLUMNS.index("decode_context")] = total + step * count
+    table[:, COLUMNS.index("decode_context_sq")] = squares + step * (2 * total) + step * step * count
+    table[:, COLUMNS.index("decode_context_max")] = max(kv_lens) + step
+    return BatchStats(table)
+
+
+def advance(scheduler: SglangScheduler, num_steps: int, *, record: bool) -> tuple[list[int], list[float]]:
+    """Take `num_steps` steps; with `record`, returns the free tokens and the ratio after each."""
+    running, pool = scheduler.running, scheduler.pool
+    available: list[int] = []
+    if record:
+        begun = pages_begun([request.kv_len for request in running], pool.page_size, num_steps)
+        available = (pool.available - pool.page_size * np.cumsum(begun)).tolist()
+    scheduler.prepare_preemption()
+    taken = 0
+    for request in running:
+        taken -= pool.ceil(request.kv_len)
+        request.kv_len += num_steps
+        request.num_outputs += num_steps
+        taken += pool.ceil(request.kv_len)
+    pool.available -= taken
+    ratios = list(_decayed(scheduler, num_steps))
+    scheduler.new_token_ratio = ratios[-1]
+    return available, ratios
+
+
+def _decayed(scheduler: SglangScheduler, num_steps: int) -> Iterator[float]:
+    ratio = scheduler.new_token_ratio
+    for step in range(num_steps):
+        if ratio <= scheduler.min_ratio:
+            yield from [scheduler.min_ratio] * (num_steps - step)
+            return
+        ratio = max(ratio - scheduler.ratio_decay, scheduler.min_ratio)
+        yield ratio

@@ -1,0 +1,65 @@
+"""Random workloads and SGLang servers: tight pools, small chunks, bursts, shared prefixes, priorities, both loops."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+
+from kvtwin.sim.sglang.config import EVICTION_POLICIES, SCHEDULE_POLICIES, SglangConfig
+from kvtwin.traces.run import Run, RunInfo
+from kvtwin.traces.table import from_columns
+
+HASH_BLOCK_TOKENS = 8
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> SglangConfig:
+    page_size = draw(st.sampled_from([1, 1, 4, 16]))
+    pool = draw(st.integers(180, 900)) // page_size * page_size
+    by_priority = draw(st.sampled_from([False, False, True]))
+    policies = ("fcfs", "lof") if by_priority else SCHEDULE_POLICIES
+    return SglangConfig(
+        max_total_tokens=pool,
+        version=draw(st.sampled_from(["0.5.6.post2", "0.5.9"])),
+        page_size=page_size,
+        max_running_requests=draw(st.integers(1, 14)),
+        max_prefill_tokens=draw(st.integers(16, 200)),
+        chunked_prefill_size=draw(st.sampled_from([-1, 16, 40, 64, 128])) // page_size * page_size,
+        enable_mixed_chunk=draw(st.booleans()),
+        schedule_policy=draw(st.sampled_from(policies)),
+        schedule_conservativeness=draw(st.sampled_from([0.1, 0.5, 1.0])),
+        disable_overlap_schedule=draw(st.booleans()),
+        disable_radix_cache=draw(st.sampled_from([False, False, True])),
+        radix_eviction_policy=draw(st.sampled_from(EVICTION_POLICIES)),
+        enable_priority_scheduling=by_priority,
+        schedule_low_priority_values_first=draw(st.booleans()),
+        priority_scheduling_preemption_threshold=draw(st.integers(0, 2)),
+        random_seed=draw(st.integers(0, 9)),
+    )
+
+
+@st.composite
+def workloads(draw: st.DrawFn, config: SglangConfig) -> Run:
+    """Up to 30 requests; prompts share prefixes by drawing block ids from a small tree."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    count = draw(st.integers(1, 30))
+    mean_gap_ns = draw(st.sampled_from([0, 1_000_000, 30_000_000]))
+    room = config.max_total_tokens - 4 * config.page_size - 8
+    longest_output = draw(st.sampled_from([4, 30, 90]))
+    outputs = rng.integers(1, min(longest_output, room // 2) + 1, count)
+    inputs = np.array([rng.integers(1, min(120, room - length) + 1) for length in outputs])
+    columns: dict[str, Any] = {
+        "request_id": [f"r{row}" for row in range(count)],
+        "arrival_ns": np.cumsum(rng.integers(0, 2 * mean_gap_ns + 1, count)),
+        "input_tokens": inputs,
+        "output_tokens": outputs,
+        "priority": rng.integers(0, 4, count),
+        "block_hashes": [
+            [10 * depth + int(rng.integers(0, 2)) for depth in range(-(-length // HASH_BLOCK_TOKENS))]
+            for length in inputs.tolist()
+        ],
+    }
+    table = from_columns("requests", columns, "a random workload")
+    return Run(RunInfo("workload", hash_block_tokens=HASH_BLOCK_TOKENS), {"requests": table})

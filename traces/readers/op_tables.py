@@ -1,0 +1,60 @@
+"""Which reader reads a table of operator or step times: by its content, never by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from kvtwin.traces.errors import InputError
+from kvtwin.traces.readers import aiconfigurator, llmservingsim_tables, llmservingsim_v0, splitwise, vidur
+from kvtwin.traces.readers.columns import csv_header, is_parquet
+from kvtwin.traces.readers.optable import OpTable, Reader
+
+READERS: Final[Mapping[str, Reader]] = {
+    "aiconfigurator": aiconfigurator.read,
+    "vidur": vidur.read,
+    "llmservingsim_v0": llmservingsim_v0.read,
+    "llmservingsim_tables": llmservingsim_tables.read,
+    "splitwise": splitwise.read,
+}
+# Columns that only one CSV format has; all of a set must be there.
+_HEADERS: Final = (
+    ("splitwise", {"prompt_time", "token_time", "tensor_parallel"}),
+    ("llmservingsim_v0", {"layer_name", llmservingsim_v0.TIME_COLUMN}),
+    ("llmservingsim_tables", {"prefill_chunk", "n_decode", "time_us"}),
+    ("llmservingsim_tables", {"layer", "tokens", "time_us"}),
+    ("llmservingsim_tables", {"layer", "sequences", "time_us"}),
+    ("llmservingsim_tables", {"activated_experts", "time_us"}),
+    ("llmservingsim_tables", {"t_skew_us", "kv_big"}),
+)
+
+
+def read_op_table(path: Path) -> OpTable:
+    """Read a table of operator or step times.
+
+    Raises:
+        InputError: no known format, or whatever its reader finds wrong.
+    """
+    return READERS[detect(path)](path)
+
+
+def detect(path: Path) -> str:
+    """Name a table's format by its first bytes and its header.
+
+    Raises:
+        InputError: nothing there, a folder, or no known format; fitted coefficients are told what they are.
+    """
+    if not path.is_file():
+        raise InputError("no such file", path=path)
+    if is_parquet(path):
+        return "aiconfigurator"
+    header = set(csv_header(path))
+    if any(name.startswith("time_stats.") for name in header):
+        return "vidur"
+    for name, needed in _HEADERS:
+        if needed <= header:
+            return name
+    if next(iter(header), "").startswith("{"):
+        raise InputError("JSON: holds no table of measured times (fitted coefficients cannot be calibrated)", path=path)
+    raise InputError(f"not a table of times that kvtwin reads; known: {', '.join(READERS)}", path=path)
