@@ -53,6 +53,7 @@ def _run(args: argparse.Namespace) -> int:
     metrics: dict[str, Any] = {
         **run.info.metrics,
         **_summary(run),
+        **_extrapolated(run, profile),
         "load_s": round(loaded - started, 6),
         "peak_rss_bytes": peak_rss_bytes(),
     }
@@ -107,6 +108,15 @@ def _summary(run: Any) -> dict[str, float]:
         "latency_mean_ms": round(float(np.mean(finish - queued)) / 1e6, 3),
         "duration_s": round(float(finish.max() - table.column("arrival_ns").to_numpy().min()) / 1e9, 3),
     }
+
+
+def _extrapolated(run: Any, profile: Any) -> dict[str, int]:
+    """How many steps lie outside the domain that the profile was fitted on; known where steps are recorded."""
+    from kvtwin.sim.latency.stats import BatchStats
+
+    if not run.has("steps") or not profile.domain:
+        return {}
+    return {"num_extrapolated_steps": int(profile.extrapolates(BatchStats.of_steps(run.steps)).sum())}
 
 
 def _print(args: argparse.Namespace, metrics: dict[str, Any]) -> None:

@@ -217,8 +217,10 @@ def _all_columns(samples: OpSamples) -> dict[str, FloatArray]:
     return found | {name: np.full(n, value) for name, value in samples.constants.items()}
 
 
-def relative_nnls(found: Mapping[str, FloatArray], time_us: FloatArray) -> dict[str, float]:
-    """Prices >= 0 that minimise sum (predicted / measured - 1)^2 (Lawson & Hanson 1974, chapter 23).
+def relative_nnls(
+    found: Mapping[str, FloatArray], time_us: FloatArray, weights: FloatArray | None = None
+) -> dict[str, float]:
+    """Prices >= 0 that minimise sum w (predicted / measured - 1)^2 (Lawson & Hanson 1974, chapter 23).
 
     Terms are scaled to a largest value of 1 first; terms that come out at 0 are left out.
     """
@@ -229,7 +231,8 @@ def relative_nnls(found: Mapping[str, FloatArray], time_us: FloatArray) -> dict[
     scale = np.maximum(np.abs(matrix).max(axis=0), 1e-300)
     # The normal equations keep the problem at the number of terms, whatever the number of rows.
     scaled = matrix / scale
-    gram, target = scaled.T @ scaled, scaled.sum(axis=0)
+    weighted = scaled if weights is None else scaled * weights[:, None]
+    gram, target = weighted.T @ scaled, weighted.sum(axis=0)
     factor = np.linalg.cholesky(gram + np.eye(len(names)) * (1e-10 * max(np.trace(gram), 1e-300)))
     prices, _ = nnls(factor.T, np.linalg.solve(factor, target), maxiter=30 * len(names))
     return {name: float(price / size) for name, price, size in zip(names, prices, scale, strict=True) if price > 0}

@@ -6,6 +6,7 @@
 (compute-bound) work. Simpler laws are tried first: one factor; floor and slope; floor, slope and bend. The one with the
 smallest leave-one-out error on the samples is taken, the simpler one where they are equal within a standard error.
 Operators then get a factor of their own, with a tilt over sizes, drawn towards 1 (no tilt) as far as samples are few.
+With ten samples and more, physics of the operator's own (`fit_models`) may take the scaled reference's place.
 """
 
 from __future__ import annotations
@@ -20,18 +21,25 @@ import numpy.typing as npt
 from kvtwin.calibrate.accuracy import summarize
 from kvtwin.calibrate.tables.candidates import Trend, relative_nnls
 from kvtwin.calibrate.tables.checks import MIN_ROWS, prepare
-from kvtwin.sim.latency.bank import OperatorModel, Scale, octave
+from kvtwin.sim.latency.bank import MIN_TIME_US, OperatorModel, Scale, octave
 from kvtwin.sim.latency.grid import FloatArray
 from kvtwin.sim.latency.operators import OperatorTable
 from kvtwin.sim.latency.profile import Profile
+from kvtwin.sim.latency.work import TILES, terms
 from kvtwin.traces.errors import InputError
 from kvtwin.traces.readers.optable import OpSamples, OpTable
 
 LEARNING: Final = (10, 30, 100)
-_DRAWS: Final = 20  # repetitions behind each figure of the learning table
+_DRAWS: Final = 10  # repetitions behind each figure of the learning table
+_FOLDS: Final = 5
+_PHYSICS_FROM: Final = 10  # samples
+_ANCHORS: Final = 60  # rows at which physics also looks at the scaled reference ...
+_ANCHOR_SAMPLES: Final = 3.0  # ... which count together as much as this many samples
 _OTHER_MACHINE: Final = ("version", "framework", "kernel_source", "attention_backend", "hardware", "model")
 _PRIOR_SAMPLES: Final = 0.3  # an operator's own factor counts for half once it has this many samples
 _TILT_OCTAVES: Final = 2.0  # over which an operator's own tilt moves by as much as its level
+_REWEIGHTS: Final = 8  # rounds of reweighted least squares
+_SMALL_ERROR: Final = 0.02
 _LAWS: Final = ("factor", "floor and slope", "floor, slope and bend")
 
 
@@ -49,7 +57,7 @@ class _Rows:
 def scale_profile(table: OpTable, reference: Profile, *, num_samples: int, seed: int, hardware: str | None) -> Profile:
     """A profile of new hardware: the reference's models, scaled on `num_samples` rows of `table` drawn at random.
 
-    The other rows of `table` only judge. The learning table draws 10, 30, 100 and `num_samples` rows 20 times each.
+    The other rows of `table` only judge. The learning table draws 10, 30, 100 and `num_samples` rows ten times each.
 
     Raises:
         InputError: the reference holds no operators, or none of the table's; too few rows.
@@ -60,11 +68,10 @@ def scale_profile(table: OpTable, reference: Profile, *, num_samples: int, seed:
         raise InputError(f"--samples {num_samples}: 2 to {n - MIN_ROWS - 1} of this table's {n} rows", path=table.path)
     rng = np.random.default_rng(seed)
     drawn = _draw(rows, num_samples, rng)
-    law, scales = fit_scales(rows.reference_us[drawn], rows.measured_us[drawn], rows.op[drawn], len(rows.models))
-    models = [model.scaled(scale) for model, scale in zip(rows.models, scales, strict=True)]
+    law, models = fit_models(rows, drawn)
     judged = np.ones(n, np.bool_)
     judged[drawn] = False
-    predicted = _predict(rows, scales)
+    predicted = _predict(rows, models)
     accuracy = {
         f"{name}, not sampled": summarize(
             rows.measured_us[here], predicted[here], groups=np.arange(np.count_nonzero(here)), seed=seed
@@ -89,6 +96,64 @@ def scale_profile(table: OpTable, reference: Profile, *, num_samples: int, seed:
             "unscaled_mape": float(np.mean(np.abs(rows.reference_us / rows.measured_us - 1))),
         },
     )
+
+
+def fit_models(rows: _Rows, drawn: npt.NDArray[np.intp]) -> tuple[str, list[OperatorModel]]:
+    """Models of every operator from the drawn rows, and what they are: the scaled reference, or physics of its own.
+
+    Physics takes the drawn rows and, as weak evidence, the scaled reference at other rows of the table (whose own times
+    it does not see). It is taken where it predicts drawn rows better than the scaled reference, both fitted without
+    them (five folds).
+    """
+    law, scaled = _scaled(rows, drawn)
+    if len(drawn) < _PHYSICS_FROM:
+        return law, scaled
+    folds = np.arange(len(drawn)) % _FOLDS
+    errors = {"scaled": 0.0, "physics": 0.0}
+    for fold in range(_FOLDS):
+        train, test = drawn[folds != fold], drawn[folds == fold]
+        base = _scaled(rows, train)[1]
+        for name, models in (("scaled", base), ("physics", _physics(rows, train, base))):
+            errors[name] += float(np.abs(_predict_at(rows, models, test) / rows.measured_us[test] - 1).sum())
+    if errors["physics"] < errors["scaled"]:
+        return f"physics on samples and {law}", _physics(rows, drawn, scaled)
+    return law, scaled
+
+
+def _scaled(rows: _Rows, drawn: npt.NDArray[np.intp]) -> tuple[str, list[OperatorModel]]:
+    law, scales = fit_scales(rows.reference_us[drawn], rows.measured_us[drawn], rows.op[drawn], len(rows.models))
+    return law, [model.scaled(scale) for model, scale in zip(rows.models, scales, strict=True)]
+
+
+def _physics(rows: _Rows, drawn: npt.NDArray[np.intp], scaled: Sequence[OperatorModel]) -> list[OperatorModel]:
+    """Prices of each operator's terms, fitted to its drawn rows and to the scaled reference at `_ANCHORS` rows."""
+    found = []
+    first = 0
+    for index, (model, samples) in enumerate(zip(scaled, rows.samples, strict=True)):
+        own = drawn[rows.op[drawn] == index] - first
+        anchors = np.linspace(0, len(samples) - 1, min(_ANCHORS, len(samples))).astype(np.intp)
+        known = rows.reference_us[first + anchors]
+        guess = model.scale.apply(known) if model.scale is not None else known
+        times = np.concatenate([samples.time_us[own], np.maximum(guess, MIN_TIME_US)])
+        weights = np.concatenate([np.ones(len(own)), np.full(len(anchors), _ANCHOR_SAMPLES / len(anchors))])
+        found.append(_weighted_trend(samples.where(np.concatenate([own, anchors])), times, weights))
+        first += len(samples)
+    return found
+
+
+def _weighted_trend(samples: OpSamples, time_us: FloatArray, weights: FloatArray) -> OperatorModel:
+    columns = {name: np.asarray(values, np.float64) for name, values in samples.columns.items()}
+    columns |= {name: np.full(len(samples), value) for name, value in samples.constants.items()}
+    best: tuple[float, float, dict[str, float]] | None = None
+    for tile in TILES.get(samples.work, (128.0,)):
+        found = terms(samples.work, columns, tile, 0.0)
+        prices = relative_nnls(found, time_us, weights)
+        total = sum((price * found[name] for name, price in prices.items()), np.zeros(len(time_us)))
+        error = float(weights @ np.abs(total / time_us - 1))
+        if best is None or error < best[0]:
+            best = (error, tile, prices)
+    assert best is not None
+    return OperatorModel(samples.op, samples.work, samples.key, samples.constants, best[2], best[1], 0.0, None)
 
 
 def fit_scales(
@@ -116,21 +181,24 @@ def _own(common: Scale, rest: FloatArray, place: FloatArray) -> Scale:
 
 
 def _fit_law(law: str, reference_us: FloatArray, measured_us: FloatArray) -> Scale:
-    """By least relative squares; a factor by the mean of the logarithms."""
-    if law == "factor":
-        return Scale(0.0, float(np.exp(np.mean(np.log(measured_us / reference_us)))), 0.0, 0.0)
+    """By least absolute relative error, so that a few odd kernels do not bend the law for all."""
     knot = float(np.median(reference_us))
+    if law == _LAWS[0]:
+        ratio = measured_us / reference_us
+        return Scale(0.0, float(np.median(ratio)), 0.0, 0.0)
     found = {"offset": np.ones(len(reference_us)), "slope": reference_us}
-    if law == _LAWS[2]:  # min and max of the knot, so that either side may be the dearer one
-        found = {
-            "offset": found["offset"],
-            "below": np.minimum(reference_us, knot),
-            "above": np.maximum(reference_us - knot, 0.0),
-        }
-        prices = relative_nnls(found, measured_us)
-        below, above = prices.get("below", 0.0), prices.get("above", 0.0)
-        return Scale(prices.get("offset", 0.0), below, above - below, knot)
-    prices = relative_nnls(found, measured_us)
+    if law == _LAWS[2]:  # below and above the knot, so that either side may be the dearer one
+        below, above = np.minimum(reference_us, knot), np.maximum(reference_us - knot, 0.0)
+        found = {"offset": found["offset"], "below": below, "above": above}
+    weights = np.ones(len(reference_us))
+    prices: dict[str, float] = {}
+    for _ in range(_REWEIGHTS):
+        prices = relative_nnls(found, measured_us, weights)
+        total = sum((price * found[name] for name, price in prices.items()), np.zeros(len(reference_us)))
+        weights = 1.0 / np.maximum(np.abs(total / measured_us - 1), _SMALL_ERROR)
+    if law == _LAWS[2]:
+        slope = prices.get("below", 0.0)
+        return Scale(prices.get("offset", 0.0), slope, prices.get("above", 0.0) - slope, knot)
     return Scale(prices.get("offset", 0.0), prices.get("slope", 0.0), 0.0, 0.0)
 
 
@@ -166,8 +234,7 @@ def learning(rows: _Rows, sizes: Sequence[int], seed: int) -> list[dict[str, Any
         errors = []
         for draw in range(_DRAWS):
             drawn = _draw(rows, size, np.random.default_rng([seed, size, draw]))
-            _, scales = fit_scales(rows.reference_us[drawn], rows.measured_us[drawn], rows.op[drawn], len(rows.models))
-            error = np.abs(_predict(rows, scales) / rows.measured_us - 1)
+            error = np.abs(_predict(rows, fit_models(rows, drawn)[1]) / rows.measured_us - 1)
             error[drawn] = np.nan
             errors.append(float(np.nanmean(error)))
         low, high = np.quantile(errors, [0.1, 0.9]).tolist()
@@ -241,12 +308,29 @@ def _draw(rows: _Rows, size: int, rng: np.random.Generator) -> npt.NDArray[np.in
     return order[np.argsort(turn, kind="stable")[:size]]
 
 
-def _predict(rows: _Rows, scales: Sequence[Scale]) -> FloatArray:
+def _predict(rows: _Rows, models: Sequence[OperatorModel]) -> FloatArray:
     found = np.empty(len(rows.measured_us))
-    for index, scale in enumerate(scales):
+    for index, (model, samples) in enumerate(zip(models, rows.samples, strict=True)):
         here = rows.op == index
-        found[here] = scale.apply(rows.reference_us[here])
-    return np.maximum(found, 1e-3)
+        if model.scale is not None:  # the reference's own times are at hand
+            found[here] = model.scale.apply(rows.reference_us[here])
+        else:
+            found[here] = model.time_us(samples.columns)
+    return np.maximum(found, MIN_TIME_US)
+
+
+def _predict_at(rows: _Rows, models: Sequence[OperatorModel], at: npt.NDArray[np.intp]) -> FloatArray:
+    found = np.empty(len(at))
+    first = 0
+    for index, (model, samples) in enumerate(zip(models, rows.samples, strict=True)):
+        here = rows.op[at] == index
+        if here.any():
+            if model.scale is not None:
+                found[here] = model.scale.apply(rows.reference_us[at[here]])
+            else:
+                found[here] = model.time_us(samples.where(at[here] - first).columns)
+        first += len(samples)
+    return np.maximum(found, MIN_TIME_US)
 
 
 def _parts(rows: _Rows, judged: npt.NDArray[np.bool_]) -> list[tuple[str, npt.NDArray[np.bool_]]]:

@@ -12,6 +12,7 @@ from os import PathLike
 from types import MappingProxyType
 from typing import Any, Final
 
+from kvtwin.sim.sglang.links import LinkTimes
 from kvtwin.traces.errors import InputError
 
 
@@ -33,6 +34,8 @@ class SglangRules:
         chunk_cache_counts_protected: without radix cache, prefilled tokens are reported as protected
             (`ChunkCache`, 0.5.6).
         lone_request_must_fit: the last running request must find room for its next token (`retract_decode`, 0.5.9).
+        lists_host_leaves: HiCache keeps a list of droppable host nodes, else it looks for them (0.5.9).
+        stores_written_back: nodes that write_back copies to the host go on to storage (`writing_check`, 0.5.9).
     """
 
     caches_outputs: bool
@@ -42,12 +45,14 @@ class SglangRules:
     preemption_skips_finished: bool
     chunk_cache_counts_protected: bool
     lone_request_must_fit: bool
+    lists_host_leaves: bool
+    stores_written_back: bool
 
 
 SGLANG_RULES: Final[Mapping[str, SglangRules]] = MappingProxyType(
     {
-        "0.5.6": SglangRules(False, False, False, False, False, True, False),
-        "0.5.9": SglangRules(True, True, True, True, True, False, True),
+        "0.5.6": SglangRules(False, False, False, False, False, True, False, False, False),
+        "0.5.9": SglangRules(True, True, True, True, True, False, True, True, True),
     }
 )
 
@@ -100,6 +105,7 @@ class SglangConfig:
         hicache_storage_prefetch_policy: when a prefetch from storage ends, one of PREFETCH_POLICIES.
         hicache_storage_backend_extra_config: the backend's settings; read are `prefetch_threshold`,
             `prefetch_timeout_base` and `prefetch_timeout_per_ki_token`.
+        hicache_links: what HiCache's transfers take, in ns (not an SGLang argument; names and defaults: `LinkTimes`).
         tp_size: GPUs that share each layer.
         random_seed: start of the `random` policy's shuffles.
     """
@@ -127,6 +133,7 @@ class SglangConfig:
     hicache_storage_backend: str = ""
     hicache_storage_prefetch_policy: str = "best_effort"
     hicache_storage_backend_extra_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    hicache_links: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     tp_size: int = 1
     random_seed: int = 0
 
@@ -163,6 +170,7 @@ class SglangConfig:
         if self.hicache_storage_backend:
             on = self.enable_hierarchical_cache
             _require(on, "hicache_storage_backend", self.hicache_storage_backend, "needs enable_hierarchical_cache")
+        LinkTimes.of(self.hicache_links)
         if self.context_length == 0:
             object.__setattr__(self, "context_length", self.max_total_tokens)
         if self.max_running_requests == 0:

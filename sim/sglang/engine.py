@@ -127,7 +127,10 @@ class SglangEngine:
 
     def _launch(self, batch: Batch) -> Launched:
         sched_ns = self.clock.now_ns
-        stats = BatchStats.of_batch(batch.cache_lens, batch.input_lens)
+        if batch.mode == DECODE:
+            stats = decode_batches(batch.cache_lens, 1)
+        else:
+            stats = BatchStats.of_batch(batch.cache_lens, batch.input_lens)
         duration_ns = int(self._latency.step_ns(stats, self.num_steps)[0])
         self._last_step_ns = duration_ns
         self.clock.advance(sched_ns + self._host.schedule(len(batch.requests)))

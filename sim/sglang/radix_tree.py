@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from kvtwin.sim.sglang.eviction import EvictionKey, EvictionQueue, eviction_policy
 from kvtwin.sim.sglang.observer import CacheObserver
-from kvtwin.sim.sglang.runs import Edge, Runs, common_prefix, cut, edge_at, last_token
+from kvtwin.sim.sglang.runs import Edge, Runs, common_prefix, cut, edge_at, last_token, merge_runs
 
 
 class TreeNode:
@@ -44,6 +46,15 @@ class TreeNode:
         self.on_device, self.on_host = True, False
         self.alive = True
 
+    def key(self) -> Runs:
+        """All tokens from the root to its end."""
+        parts: list[Runs] = []
+        node: TreeNode | None = self
+        while node is not None:
+            parts.append(node.runs)
+            node = node.parent
+        return merge_runs(run for part in reversed(parts) for run in part)
+
     @property
     def last_token(self) -> int:
         """The id of its last token."""
@@ -69,7 +80,8 @@ class RadixTree:
         self.root_node.on_host = True
         self.evictable = self.protected = 0
         self.observer = CacheObserver()
-        self._queue = EvictionQueue(eviction_policy(policy), _is_free_leaf)
+        self._policy = eviction_policy(policy)
+        self._queue = EvictionQueue(self._policy, self._is_free_leaf)
 
     def match_prefix(self, key: Runs, num_tokens: int) -> tuple[int, TreeNode]:
         """The longest cached prefix of a key's first `num_tokens`, in whole pages, and the node where it ends.
@@ -102,6 +114,24 @@ class RadixTree:
             depth += common
         self._queue.touch(node)
         return depth, node
+
+    def walk(self, key: Runs, num_tokens: int) -> Iterator[tuple[TreeNode, int]]:
+        """Nodes along a key's first `num_tokens`, each with the depth at which the key leaves it; changes nothing."""
+        page_size = self.page_size
+        limit = num_tokens - num_tokens % page_size
+        node = self.root_node
+        depth = index = offset = 0
+        while depth < limit:
+            child = node.children.get(edge_at(key, index, offset, page_size))
+            if child is None:
+                return
+            common, index, offset = common_prefix(child.runs, key, index, offset)
+            common = min(common, limit - depth)
+            depth += common - common % page_size
+            yield child, depth
+            if common < child.length:
+                return
+            node = child
 
     def insert(
         self, key: Runs, num_tokens: int, priority: int = 0, *, inserted_len: int = 0, chunked: bool = False
@@ -201,7 +231,7 @@ class RadixTree:
                 self.protected -= node.length
             node.lock_ref -= 1
             node = parent
-        if _is_free_leaf(start):
+        if self._is_free_leaf(start):
             self._queue.offer(start)
 
     def evict(self, num_tokens: int) -> int:
@@ -215,7 +245,7 @@ class RadixTree:
             self.observer.evicted(node)
             num_evicted += node.length
             self._delete_leaf(node)
-            if _is_free_leaf(parent):
+            if self._is_free_leaf(parent):
                 self._queue.offer(parent)
             if num_evicted >= num_tokens:
                 break
@@ -227,6 +257,5 @@ class RadixTree:
         node.alive = False
         self.evictable -= node.length
 
-
-def _is_free_leaf(node: TreeNode) -> bool:
-    return node.lock_ref == 0 and not node.children and node.alive
+    def _is_free_leaf(self, node: TreeNode) -> bool:
+        return node.lock_ref == 0 and not node.children and node.alive

@@ -207,8 +207,8 @@ class SglangScheduler:
 
     def _take_from_queue(self, admitted: list[SglangRequest]) -> None:
         """Who is admitted waits no longer: most often the head of the queue."""
-        # A pending chunk comes before those from the queue.
-        first = 0 if self.waiting and admitted[0] is self.waiting[0] else 1
+        # A pending chunk, which holds KV already, comes before those from the queue (of whom prefetches may hold some up).
+        first = int(admitted[0].kv_len > 0)
         if self.waiting[: len(admitted) - first] == admitted[first:]:
             del self.waiting[: len(admitted) - first]
             return
@@ -217,6 +217,11 @@ class SglangScheduler:
 
     def _allocate_extend(self, admitted: list[SglangRequest]) -> None:
         pool = self.pool
+        if admitted[0].extend_input_len < 0:
+            # `add_chunked_req` cuts the chunk to what memory leaves, and running requests may have reserved even more.
+            raise UpstreamStopError(
+                "memory leaves less than nothing for a pending chunk: SGLang leaks KV and stops here"
+            )
         num_tokens = sum([request.extend_input_len for request in admitted])
         wanted = num_tokens if pool.page_size == 1 else num_tokens + len(admitted) * pool.page_size
         self._evict_for(wanted)

@@ -68,13 +68,12 @@ def build_engine(
     host: HostTime | None = None,
     *,
     observer: Observer,
-    transfers: Mapping[str, Any] | None = None,
     plain: bool = False,
 ) -> SglangEngine:
-    """An idle server; `transfers` are the times of the links below the device (`build_cache`)."""
+    """An idle server."""
     clock = Clock()
     pool = KvPool(config.max_total_tokens, config.page_size)
-    cache = build_cache(config, pool, clock, transfers)
+    cache = build_cache(config, pool, clock)
     return SglangEngine(SglangScheduler(config, pool, cache), clock, latency, host, observer=observer, plain=plain)
 
 

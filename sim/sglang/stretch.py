@@ -73,14 +73,20 @@ def pages_begun(kv_lens: list[int], page_size: int, num_steps: int) -> IntArray:
 
 def decode_batches(kv_lens: list[int], num_steps: int) -> BatchStats:
     """Statistics of `num_steps` decodes whose contexts begin at `kv_lens`."""
-    step = np.arange(num_steps, dtype=np.int64)
     count, total = len(kv_lens), sum(kv_lens)
     squares = sum([length * length for length in kv_lens])
-    table = np.zeros((num_steps, len(COLUMNS)), dtype=np.int64)
-    table[:, COLUMNS.index("num_decode")] = count
-    table[:, COLUMNS.index("decode_context")] = total + step * count
-    table[:, COLUMNS.index("decode_context_sq")] = squares + step * (2 * total) + step * step * count
-    table[:, COLUMNS.index("decode_context_max")] = max(kv_lens) + step
+    first = dict.fromkeys(COLUMNS, 0)
+    first |= {
+        "num_decode": count, "decode_context": total, "decode_context_sq": squares, "decode_context_max": max(kv_lens)
+    }  # fmt: skip
+    if num_steps == 1:
+        return BatchStats(np.array([list(first.values())], dtype=np.int64))
+    step = np.arange(num_steps, dtype=np.int64)
+    table = np.empty((num_steps, len(COLUMNS)), dtype=np.int64)
+    table[:] = list(first.values())
+    table[:, COLUMNS.index("decode_context")] += step * count
+    table[:, COLUMNS.index("decode_context_sq")] += step * (2 * total) + step * step * count
+    table[:, COLUMNS.index("decode_context_max")] += step
     return BatchStats(table)
 
 

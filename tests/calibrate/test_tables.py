@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -165,10 +165,10 @@ def test_octaves_and_staircases_are_monotone() -> None:
 @given(st.integers(1, 12), st.integers(0, 40), st.integers(1, 9), st.integers(0, 40), st.integers(1, 9))
 def test_list_scheduling_in_closed_form(slots: int, many: int, long: int, more: int, other: int) -> None:
     ends = [0.0] * slots
-    for length in [long] * many + [other] * more:
-        heapq.heapreplace(ends, ends[0] + length)
-    columns = (np.array([float(value)]) for value in (many, long, more, other))
-    assert _list_end(*columns, float(slots))[0] == pytest.approx(max(ends))
+    for block in [long] * many + [other] * more:
+        heapq.heapreplace(ends, ends[0] + block)
+    first, length, second, span = (np.array([float(value)]) for value in (many, long, more, other))
+    assert _list_end(first, length, second, span, float(slots))[0] == pytest.approx(max(ends))
 
 
 def test_every_work_has_non_negative_finite_terms() -> None:
@@ -226,11 +226,12 @@ def test_an_unknown_shape_takes_the_nearest_and_is_flagged() -> None:
 
 def test_damaged_banks_are_refused() -> None:
     data = Linear().fit(decode()).to_model().to_json()
-    for spoil in (
+    spoils: list[Callable[[Any], Any]] = [
         lambda bank: bank["axes"].update(context=[1, 1, 2, 3, 4, 5, 6]),
         lambda bank: bank.update(values=[[[1.0]]]),
         lambda bank: bank["values"][0][0].__setitem__(0, float("nan")),
-    ):
+    ]
+    for spoil in spoils:
         bank = OperatorModel.from_json(data).to_json()
         spoil(bank["bank"])
         profile = Profile(kind="operators", latency={"models": [bank]})
@@ -295,7 +296,8 @@ def test_a_planted_scale_comes_back_from_few_samples() -> None:
     rng = np.random.default_rng(0)
     reference = rng.uniform(5, 5000, 30)
     op = np.zeros(30, np.int64)
-    for truth in (lambda r: 0.4 * r, lambda r: 3.0 + 0.4 * r):
+    truths: list[Callable[[Any], Any]] = [lambda r: 0.4 * r, lambda r: 3.0 + 0.4 * r]
+    for truth in truths:
         _, (scale,) = fit_scales(reference, truth(reference), op, 1)
         grid = np.linspace(5, 5000, 50)
         assert scale.apply(grid) == pytest.approx(truth(grid), rel=0.01)

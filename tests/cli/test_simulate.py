@@ -41,6 +41,17 @@ def test_the_result_is_a_run_and_its_costs_are_reported(folder: Path, capsys: py
     assert run.info.metrics["peak_rss_bytes"] > 0
 
 
+def test_steps_outside_the_profile_s_domain_are_counted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    latency = LinearLatency(6_000_000, 25_000, 20, 10_000).to_json()
+    (folder / "p.json").unlink()
+    Profile(kind="linear", latency=latency, domain={"prefill_tokens": (0.0, 30.0)}).write(folder / "p.json")
+    assert simulate(folder, "--record", "steps", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["metrics"]["num_extrapolated_steps"] == 1  # the prefill of "a"
+    assert Run.open(folder / "run").info.metrics["num_extrapolated_steps"] == 1
+    assert simulate(folder, "--json", output="without") == 0
+    assert "num_extrapolated_steps" not in json.loads(capsys.readouterr().out)["metrics"]
+
+
 def test_the_same_command_gives_the_same_tables(folder: Path) -> None:
     for output in ("one", "other"):
         assert simulate(folder, "--record", "steps", output=output) == 0

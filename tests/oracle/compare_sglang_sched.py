@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sglang_cache_log import CacheLog, taken
 from sglang_workloads import (  # type: ignore[import-not-found]  # beside this file
     OUTPUT_BASE,
     OUTPUTS_PER_REQUEST,
@@ -24,8 +25,6 @@ from kvtwin.sim.latency.linear import LinearLatency
 from kvtwin.sim.sglang.batch import DECODE, Batch
 from kvtwin.sim.sglang.config import SglangConfig, sglang_config
 from kvtwin.sim.sglang.engine import Launched, SglangEngine
-from kvtwin.sim.sglang.observer import CacheObserver
-from kvtwin.sim.sglang.radix_tree import TreeNode
 from kvtwin.sim.sglang.request import SglangRequest
 from kvtwin.sim.sglang.scheduler import UpstreamStopError
 from kvtwin.sim.sglang.simulate import build_engine
@@ -37,6 +36,7 @@ _RENAMED: dict[str, str] = {
     "priority_scheduling": "enable_priority_scheduling", "low_priority_first": "schedule_low_priority_values_first",
     "preemption_threshold": "priority_scheduling_preemption_threshold", "context_len": "context_length",
 }  # fmt: skip
+_LINK_TIMES = ("_base", "_per_token", "_per_page")
 _FIELDS = (
     "step", "t_start", "t_end", "mode", "t_scheduled", "rows", "context tokens", "waiting queue", "waiting",
     "running batch", "available", "evictable", "protected", "new_token_ratio", "requeued", "finished", "evicted",
@@ -92,6 +92,7 @@ def hicache_settings(hicache: Mapping[str, Any]) -> dict[str, Any]:
         "hicache_storage_backend": "oracle" if hicache.get("storage") else "",
         "hicache_storage_prefetch_policy": hicache.get("prefetch_policy", "best_effort"),
         "hicache_storage_backend_extra_config": hicache.get("extra_config") or {},
+        "hicache_links": {name: value for name, value in hicache.items() if name.endswith(_LINK_TIMES)},
     }
 
 
@@ -127,6 +128,12 @@ class OracleLog:
         self._finished: list[int] = []
         self._arrived: list[int] = []
 
+    @property
+    def now_ns(self) -> int:
+        """The virtual clock."""
+        assert self.engine is not None
+        return self.engine.clock.now_ns
+
     def arrived(self, request: SglangRequest, now_ns: int) -> None:
         """Note an arrival."""
         self._arrived.append(request.row)
@@ -151,12 +158,15 @@ class OracleLog:
         scheduler, batch = self.engine.scheduler, step.batch
         context = sum(batch.cache_lens) + sum(batch.input_lens)
         cache = scheduler.cache
+        if scheduler.config.hicache_storage_backend:
+            # The driver's clock stands at the end of the step when it writes the line, under overlap at its beginning.
+            cache.advance(step.end_ns if scheduler.config.disable_overlap_schedule else step.sched_ns)
         line = [len(self.steps) + 1, step.start_ns, step.end_ns, batch.mode, step.sched_ns, self._rows(step), context]
         line += [[request.row for request in scheduler.waiting[:6]], len(scheduler.waiting), len(scheduler.running)]
         line += [available, cache.evictable_size(), cache.protected_size()]
         line += [round(ratio, 6), [request.row for request in scheduler.requeued]]
-        line += [self._finished, _taken(self.cache.evictions), self._arrived, int(scheduler.batch_is_full)]
-        line += [[], []]
+        line += [self._finished, taken(self.cache.evictions), self._arrived, int(scheduler.batch_is_full)]
+        line += [taken(self.cache.events), taken(self.cache.host_evictions)]
         self.steps.append(json.loads(json.dumps(line)))
         self._finished, self._arrived = [], []
         scheduler.requeued.clear()
@@ -186,38 +196,14 @@ class OracleLog:
             }  # fmt: skip
 
 
-class CacheLog(CacheObserver):
-    """Notes the decisions of a cache as the driver's log has them.
-
-    Args:
-        levels: whether evicted nodes are marked with the level that keeps them (`hi_*`).
-    """
-
-    def __init__(self, *, levels: bool) -> None:
-        self.evictions: list[list[Any]] = []
-        self._levels = levels
-
-    def evicted(self, node: TreeNode) -> None:
-        """Note an eviction from the device."""
-        name = [node.end, node.length, node.last_token]
-        self.evictions.append([("b" if node.on_host else "r"), *name] if self._levels else name)
-
-
-def _taken(noted: list[Any]) -> list[Any]:
-    taken = list(noted)
-    noted.clear()
-    return taken
-
-
 def simulate_case(case: Case, *, plain: bool = False) -> tuple[list[list[Any]], list[list[Any]], str]:
     """The twin's log of a case: its steps, its requests' lines, and how it ended."""
     config = case_config(case)
     kept, requests = case_requests(case, config)
     prices = case.settings["latency_ns"]
     latency = LinearLatency(prices["a"], prices["b"] + prices["c"], prices["c"], prices["d"])
-    transfers = case.settings["config"].get("hicache")
-    log = OracleLog(CacheLog(levels=config.enable_hierarchical_cache))
-    log.engine = build_engine(config, latency, observer=log, transfers=transfers, plain=plain)
+    log = OracleLog(CacheLog(levels=config.enable_hierarchical_cache, now_ns=lambda: log.now_ns))
+    log.engine = build_engine(config, latency, observer=log, plain=plain)
     if not config.disable_radix_cache:
         log.engine.scheduler.cache.observer = log.cache
     status = "ok"

@@ -1,0 +1,177 @@
+"""HiCache's third level: what storage holds, and the threads that read and write it, as events."""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+from kvtwin.sim.sglang.clock import Clock
+from kvtwin.sim.sglang.links import Link, LinkTimes
+from kvtwin.sim.sglang.observer import CacheObserver
+from kvtwin.sim.sglang.radix_tree import RadixTree, TreeNode
+from kvtwin.sim.sglang.runs import Runs
+
+# Pages of one query, read or write (`HiCacheController.storage_batch_size`).
+_BATCH_PAGES: Final = 128
+
+
+class StorageIndex:
+    """The pages that storage holds, each known by all tokens up to its end, as its hash chain is."""
+
+    def __init__(self, page_size: int) -> None:
+        self._tree = RadixTree(page_size)
+        self.num_tokens = 0
+
+    def put(self, key: Runs, start: int, end: int) -> None:
+        """Hold tokens `start` to `end` of a sequence."""
+        self._tree.insert(key, start)
+        self._tree.insert(key, end)
+        _, node = self._tree.match_prefix(key, end)
+        while node.end > start:
+            assert node.parent is not None
+            self.num_tokens += 0 if node.on_host else node.length
+            node.on_host = True
+            node = node.parent
+
+    def count(self, key: Runs, start: int, end: int) -> int:
+        """How many tokens from `start` on are held without a gap, up to `end`."""
+        reached = start
+        for node, depth in self._tree.walk(key, end):
+            if depth > start:
+                if not node.on_host:
+                    break
+                reached = depth
+        return reached - start
+
+
+@dataclass(slots=True, eq=False)
+class Prefetch:
+    """A read of storage on behalf of a waiting request.
+
+    Attributes:
+        row: the request.
+        key, start, num_tokens: what is asked for: `num_tokens` of the key from `start` on.
+        node: the host node below which they belong; protected meanwhile.
+        start_ns: when it was asked.
+        hit_tokens: how many storage holds; 0 until it has answered.
+        completed: tokens read.
+        terminated: the scheduler has ended it.
+    """
+
+    row: int
+    key: Runs
+    start: int
+    num_tokens: int
+    node: TreeNode
+    start_ns: int
+    hit_tokens: int = 0
+    completed: int = 0
+    terminated: bool = False
+
+
+@dataclass(slots=True)
+class Messages:
+    """What the threads have told the scheduler, which reads it when it polls."""
+
+    revoked: list[int] = field(default_factory=list)
+    backed_up: list[TreeNode] = field(default_factory=list)
+    released_tokens: int = 0
+
+
+class StorageThreads:
+    """The prefetch thread (queries), its I/O thread (reads) and the backup thread (writes), each FIFO.
+
+    Args:
+        clock: virtual time.
+        times: what each operation takes.
+        page_size: tokens per page.
+        threshold: fewer hits than this many tokens are not worth reading.
+        observer: a function that returns who hears of it.
+    """
+
+    def __init__(
+        self, clock: Clock, times: LinkTimes, page_size: int, threshold: int, observer: Callable[[], CacheObserver]
+    ) -> None:
+        self._clock, self._times, self._page_size, self._threshold = clock, times, page_size, threshold
+        self._observer = observer
+        self.index = StorageIndex(page_size)
+        self.messages = Messages()
+        self._queries = Link(times.query_base, times.query_per_page)
+        self._write_free_ns = 0
+        self._reading: deque[Prefetch] = deque()
+        self._events: list[tuple[int, int, Callable[[int], None]]] = []
+        self._serial = 0
+        self._reached_ns = 0
+
+    def advance(self, time_ns: int) -> None:
+        """Let everything happen up to a time. What is asked for at that very time happens later."""
+        if time_ns <= self._reached_ns:
+            return
+        self._reached_ns = time_ns
+        while self._events and self._events[0][0] <= time_ns:
+            event_ns, _, happen = heapq.heappop(self._events)
+            happen(event_ns)
+
+    def next_event_ns(self) -> int | None:
+        """When the next operation ends."""
+        return self._events[0][0] if self._events else None
+
+    def _at(self, time_ns: int, happen: Callable[[int], None]) -> None:
+        self._serial += 1
+        heapq.heappush(self._events, (time_ns, self._serial, happen))
+
+    def prefetch(self, operation: Prefetch) -> None:
+        """Ask storage for a prefetch's pages."""
+        self.advance(self._clock.now_ns)
+        end_ns = self._queries.send(self._clock.now_ns, operation.num_tokens // self._page_size)
+        self._at(end_ns, lambda time_ns: self._answered(operation, time_ns))
+
+    def _answered(self, operation: Prefetch, time_ns: int) -> None:
+        end = operation.start + operation.num_tokens
+        hit = self.index.count(operation.key, operation.start, end)
+        if hit < self._threshold:
+            self.messages.revoked.append(operation.row)
+            self.messages.released_tokens += operation.num_tokens
+            self._observer().prefetch_revoked(operation.row, time_ns, hit)
+            return
+        operation.hit_tokens = hit
+        self.messages.released_tokens += operation.num_tokens - hit
+        self._observer().prefetch_hit(operation.row, time_ns, hit)
+        self._reading.append(operation)
+        if len(self._reading) == 1:
+            self._read(operation, 0, time_ns)
+
+    def _read(self, operation: Prefetch, first_page: int, time_ns: int) -> None:
+        pages = min(operation.hit_tokens // self._page_size - first_page, _BATCH_PAGES)
+        end_ns = time_ns + round(self._times.read_base + pages * self._times.read_per_page)
+        self._at(end_ns, lambda now_ns: self._was_read(operation, first_page + pages, pages, now_ns))
+
+    def _was_read(self, operation: Prefetch, next_page: int, pages: int, time_ns: int) -> None:
+        stopped = operation.terminated
+        if not stopped:
+            operation.completed += pages * self._page_size
+            if operation.completed < operation.hit_tokens:
+                self._read(operation, next_page, time_ns)
+                return
+        self.messages.released_tokens += operation.hit_tokens - operation.completed
+        self._observer().prefetch_read(operation.row, time_ns, operation.completed, stopped)
+        self._reading.popleft()
+        if self._reading:
+            self._read(self._reading[0], 0, time_ns)
+
+    def backup(self, node: TreeNode, key: Runs) -> None:
+        """Write a node's pages, which end `key`, to storage."""
+        self.advance(self._clock.now_ns)
+        start, end = node.end - node.length, node.end
+        batch = _BATCH_PAGES * self._page_size
+        time_ns = max(self._clock.now_ns, self._write_free_ns)
+        for first in range(start, end, batch):
+            last = min(first + batch, end)
+            pages = (last - first) // self._page_size
+            time_ns += round(self._times.write_base + pages * self._times.write_per_page)
+            self._at(time_ns, lambda _, first=first, last=last: self.index.put(key, first, last))  # type: ignore[misc]
+        self._write_free_ns = time_ns
+        self._at(time_ns, lambda _: self.messages.backed_up.append(node))
