@@ -146,8 +146,8 @@ def _from_runs(args: argparse.Namespace) -> Profile:
         evidence = args.evidence or ("steps" if all(run.has("steps") for run in runs) else "requests")
         if evidence == "steps":
             return _from_steps(args, runs, test, tell)
-        _refuse_options(args, ("test", "plots"), "needs steps; request logs are judged on their later half")
-        return logs.calibrate_logs([_log(args, run) for run in runs], seed=args.seed, progress=tell)
+        _refuse_options(args, ("test",), "needs steps; request logs are judged on their later half")
+        return _from_requests(args, [_log(args, run) for run in runs], tell)
 
 
 def _from_steps(args: argparse.Namespace, runs: list[Run], test: list[Run], tell: Callable[[str], None]) -> Profile:
@@ -159,6 +159,17 @@ def _from_steps(args: argparse.Namespace, runs: list[Run], test: list[Run], tell
         from kvtwin.calibrate.plots import write_plots
 
         write_plots(runs, profile, args.plots, seed=args.seed)
+    return profile
+
+
+def _from_requests(args: argparse.Namespace, logs: list[Log], tell: Callable[[str], None]) -> Profile:
+    from kvtwin.calibrate.logs import calibrate_logs
+
+    profile = calibrate_logs(logs, seed=args.seed, progress=tell)
+    if args.plots:
+        from kvtwin.calibrate.plots import write_log_plots
+
+        write_log_plots(logs, profile, args.plots)
     return profile
 
 
@@ -189,6 +200,7 @@ def _from_kernels(args: argparse.Namespace) -> Profile:
     from kvtwin.traces.readers.allreduce import read_allreduce
     from kvtwin.traces.readers.llmservingsim_profile import read_kernel_profile
 
+    _refuse_options(args, (*_RUN_OPTIONS, "test"), "is not for kernel tables")
     for name in ("tensor_parallel_size", "layers", "max_model_len"):
         value = getattr(args, name)
         if value is not None and value < 1:

@@ -26,11 +26,19 @@ def diff_profiles(old: Profile, new: Profile) -> dict[str, Any]:
         digest. features: [old, new]. prices: by name, old and new value and interval, their ratio, and whether the
         intervals overlap (None where one has none). host: fields that differ. accuracy: MAPE and bias by part,
         [old, new]. domain: statistics whose range differs. predictions: new / old - 1 over a grid of batches inside
-        both domains: n, mean, mean size, p90 and largest size, the batch of the largest, and the mean by regime.
+        both domains: n, mean, mean size, p90 and largest size, the batch of the largest, and the mean by regime; None
+        where a profile predicts operators and no steps.
 
     Raises:
-        InputError: the domains have no batch in common.
+        InputError: the domains have no batch in common, or a profile's accuracy or provenance is damaged.
     """
+    try:
+        return _differences(old, new)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"accuracy or provenance of a profile is damaged ({error!r}): calibrate it again") from error
+
+
+def _differences(old: Profile, new: Profile) -> dict[str, Any]:
     return {
         "facts": {
             name: [getattr(old, name), getattr(new, name)]
@@ -92,14 +100,18 @@ def _accuracy(old: Profile, new: Profile) -> dict[str, Any]:
     }
 
 
-def _predictions(old: Profile, new: Profile) -> dict[str, Any]:
+def _predictions(old: Profile, new: Profile) -> dict[str, Any] | None:
+    try:
+        models = old.latency_model(), new.latency_model()
+    except InputError:  # read_profile has checked the models: this one is of operators
+        return None
     grid = candidates(_limits(old, new))
     batches = batches_of(grid)
     inside = ~(old.extrapolates(batches) | new.extrapolates(batches))
     if not inside.any():
         raise InputError("the two profiles' domains have no batch in common: nothing to compare predictions on")
     grid, batches = grid[inside], batches[inside]
-    before, after = (one.latency_model().step_ns(batches, 0).astype(np.float64) for one in (old, new))
+    before, after = (model.step_ns(batches, 0).astype(np.float64) for model in models)
     change = after / before - 1
     worst = int(np.argmax(np.abs(change)))
     names = ("num_decode", "decode_cache_len", "prefill_input_len", "prefill_cache_len")
@@ -134,7 +146,7 @@ def _limits(old: Profile, new: Profile) -> Limits:
 
 def as_text(found: Mapping[str, Any]) -> str:
     """`diff_profiles`' result as lines for a terminal."""
-    data, changes = found["data"], found["predictions"]
+    data = found["data"]
     lines = [f"{name}: {old!r} -> {new!r}" for name, (old, new) in found["facts"].items()]
     lines.append(f"data: {data['both']} recordings in both" + "".join(
         f"; {label}: {', '.join(data[key])}" for key, label in (("only_old", "only old"), ("only_new", "only new")) if data[key]
@@ -149,14 +161,18 @@ def as_text(found: Mapping[str, Any]) -> str:
     ]
     lines += ["", *table(["held out", "MAPE old", "new", "bias old", "new"], rows)] if rows else []
     lines += [f"domain of {name}: {old} -> {new}" for name, (old, new) in found["domain"].items()]
+    return "\n".join([*lines, "", *_prediction_lines(found["predictions"])])
+
+
+def _prediction_lines(changes: Mapping[str, Any] | None) -> list[str]:
+    if changes is None:
+        return ["predictions: not compared, a profile of operators has no steps"]
     regimes = ", ".join(f"{name} {value:+.1%}" for name, value in changes["by_regime"].items())
-    lines.append("")
-    lines.append(
-        f"predictions over {changes['n']:,} batches inside both domains: {changes['mean']:+.1%} on average ({regimes}); "
-        f"size {changes['mean_size']:.1%} on average, {changes['p90_size']:.1%} at the 90th percentile"
-    )
-    lines.append(f"largest: {changes['largest']:+.1%} for {batch_text(changes['largest_at'])}")
-    return "\n".join(lines)
+    sizes = f"size {changes['mean_size']:.1%} on average, {changes['p90_size']:.1%} at the 90th percentile"
+    return [
+        f"predictions over {changes['n']:,} batches inside both domains: {changes['mean']:+.1%} on average ({regimes}); {sizes}",
+        f"largest: {changes['largest']:+.1%} for {batch_text(changes['largest_at'])}",
+    ]
 
 
 def _price_lines(prices: Mapping[str, Any]) -> list[str]:

@@ -9,8 +9,10 @@ from typing import Any, Final
 
 import numpy as np
 
+from kvtwin.calibrate.logs import Log, held_out_requests
 from kvtwin.calibrate.stats import relative_errors
 from kvtwin.calibrate.steps import HeldOutSteps, held_out_steps, learning_curve
+from kvtwin.sim.latency.grid import FloatArray
 from kvtwin.sim.latency.profile import Profile
 from kvtwin.sim.latency.stats import REGIMES
 from kvtwin.traces.files import write_text
@@ -20,12 +22,8 @@ _MAX_POINTS: Final = 3000  # per figure; more are painted over one another
 _MAX_CDF_POINTS: Final = 300
 _CONFIG: Final = {"displayModeBar": False, "responsive": True}
 _MAX_COLOUR: Final = 0.5  # error at which the colour scale of the residuals ends
-# Colour and marker differ, so that neither is needed to tell the regimes apart (Okabe & Ito's colours).
-_LOOK: Final[Mapping[str, tuple[str, str]]] = {
-    "prefill": ("#D55E00", "circle"),
-    "decode": ("#0072B2", "diamond"),
-    "mixed": ("#009E73", "square"),
-}
+# Colour and marker differ, so that neither is needed to tell the groups apart (Okabe & Ito's colours).
+_LOOKS: Final = (("#D55E00", "circle"), ("#0072B2", "diamond"), ("#009E73", "square"))
 
 
 def write_plots(runs: Sequence[Run], profile: Profile, path: Path, *, seed: int = 0) -> None:
@@ -45,14 +43,34 @@ def write_plots(runs: Sequence[Run], profile: Profile, path: Path, *, seed: int 
     steps = held_out_steps(runs, profile)
     rows = _thinned(len(steps.measured_ns), seed)
     curve = learning_curve(runs, profile, seed=seed)
+    shown, all_steps = _by_regime(steps, rows), _by_regime(steps, np.arange(len(steps.measured_ns)))
     panels = [
-        ("Parity", "Predicted beside measured, held-out steps; the dashed line is equality.", _parity(steps, rows)),
+        ("Parity", "Predicted beside measured, held-out steps; the dashed line is equality.", _parity(shown)),
         ("Residuals over the batch", "Predicted / measured - 1 by context and new tokens of the batch.",
          _residuals(steps, rows)),
-        ("Error distribution", "Share of held-out steps whose error is no larger.", _cdf(steps)),
+        ("Error distribution", "Share of held-out steps whose error is no larger.", _cdf(all_steps, "steps")),
         ("Learning curve", "Held-out error by the number of steps that were fitted on; the band spans the repeats.",
          _learning(curve)),
     ]  # fmt: skip
+    write_text(path, _page(profile, panels))
+
+
+def write_log_plots(logs: Sequence[Log], profile: Profile, path: Path) -> None:
+    """Write the page of a profile from request logs: parity and error distribution of held-out requests.
+
+    Args:
+        logs: what the profile was fitted on.
+        profile: of `calibrate_logs`.
+        path: HTML file; must not exist (the caller checks).
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    times = {name: both for name, both in held_out_requests(logs, profile).items() if both.size}
+    panels = [
+        ("Parity", "Simulated beside measured, held-out requests; the dashed line is equality.", _parity(times)),
+        ("Error distribution", "Share of held-out requests whose error is no larger.", _cdf(times, "requests")),
+    ]
     write_text(path, _page(profile, panels))
 
 
@@ -62,21 +80,25 @@ def _thinned(count: int, seed: int) -> np.ndarray[Any, np.dtype[np.intp]]:
     return np.sort(np.random.default_rng(seed).choice(count, _MAX_POINTS, replace=False))
 
 
-def _parity(steps: HeldOutSteps, rows: np.ndarray[Any, np.dtype[np.intp]]) -> Any:
+def _by_regime(steps: HeldOutSteps, rows: np.ndarray[Any, np.dtype[np.intp]]) -> dict[str, FloatArray]:
+    """Measured and predicted milliseconds, shape (2, n) by regime."""
+    both = np.stack([steps.measured_ns[rows], steps.predicted_ns[rows]]) / 1e6
+    regime = steps.batches.regime[rows]
+    return {name: both[:, regime == name] for name in REGIMES if name in regime}
+
+
+def _parity(groups: Mapping[str, FloatArray]) -> Any:
     from plotly import graph_objects as go
 
     figure = go.Figure()
-    measured, predicted = steps.measured_ns[rows] / 1e6, steps.predicted_ns[rows] / 1e6
-    regime = steps.batches.regime[rows]
-    for name in (name for name in REGIMES if name in regime):
-        colour, symbol = _LOOK[name]
-        of = regime == name
+    for (name, (measured, predicted)), (colour, symbol) in zip(groups.items(), _LOOKS, strict=False):
         figure.add_scatter(
-            x=measured[of], y=predicted[of], mode="markers", name=name,
+            x=measured, y=predicted, mode="markers", name=name,
             marker={"color": colour, "symbol": symbol, "size": 5, "opacity": 0.5},
             hovertemplate="measured %{x:.3g} ms<br>predicted %{y:.3g} ms",
         )  # fmt: skip
-    ends = [float(min(measured.min(), predicted.min())), float(max(measured.max(), predicted.max()))]
+    every = np.concatenate([both.ravel() for both in groups.values()])
+    ends = [float(every.min()), float(every.max())]
     figure.add_scatter(
         x=ends, y=ends, mode="lines", name="equal", line={"color": "#555", "dash": "dash"}, hoverinfo="skip"
     )
@@ -105,21 +127,20 @@ def _residuals(steps: HeldOutSteps, rows: np.ndarray[Any, np.dtype[np.intp]]) ->
     return figure
 
 
-def _cdf(steps: HeldOutSteps) -> Any:
+def _cdf(groups: Mapping[str, FloatArray], of: str) -> Any:
     from plotly import graph_objects as go
 
-    size = np.abs(relative_errors(steps.measured_ns, steps.predicted_ns))
-    regime = steps.batches.regime
+    sizes = {name: np.abs(relative_errors(*both)) for name, both in groups.items()}
+    share = np.linspace(0, 1, _MAX_CDF_POINTS)
     figure = go.Figure()
-    for name in (name for name in REGIMES if name in regime):
-        share = np.linspace(0, 1, _MAX_CDF_POINTS)
+    for (name, size), (colour, _) in zip(sizes.items(), _LOOKS, strict=False):
         figure.add_scatter(
-            x=np.quantile(size[regime == name], share), y=share, mode="lines", name=name,
-            line={"color": _LOOK[name][0], "width": 2},
-            hovertemplate="%{y:.0%} of the steps within %{x:.1%}",
+            x=np.quantile(size, share), y=share, mode="lines", name=name, line={"color": colour, "width": 2},
+            hovertemplate=f"%{{y:.0%}} of the {of} within %{{x:.1%}}",
         )  # fmt: skip
-    figure.update_xaxes(title="size of the error", tickformat=".0%", range=[0, float(np.quantile(size, 0.99))])
-    figure.update_yaxes(title="share of the steps", tickformat=".0%", range=[0, 1])
+    widest = float(np.quantile(np.concatenate(list(sizes.values())), 0.99))
+    figure.update_xaxes(title="size of the error", tickformat=".0%", range=[0, widest])
+    figure.update_yaxes(title=f"share of the {of}", tickformat=".0%", range=[0, 1])
     return figure
 
 

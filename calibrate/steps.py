@@ -24,6 +24,7 @@ from kvtwin.calibrate.host import fit_host_time, host_accuracy
 from kvtwin.calibrate.identify import find_doubt
 from kvtwin.calibrate.noise import run_floor, step_floor
 from kvtwin.calibrate.robust import fit_nonnegative, fit_with_speeds, residual_weights
+from kvtwin.calibrate.units import refuse_wrong_units
 from kvtwin.sim.latency.grid import FloatArray
 from kvtwin.sim.latency.profile import Profile
 from kvtwin.sim.latency.regression import FEATURES, TOKEN_KNOTS, RegressionLatency, design
@@ -157,7 +158,7 @@ def calibrate_steps(
 
     Raises:
         InputError: no run; fewer than MIN_STEPS steps; a run without steps; a step that took no time or has an empty
-            batch; recordings of different engines, hardware, models or tensor-parallel degrees.
+            batch; times in another unit than they say; recordings of different engines, hardware, models or tensor-parallel degrees.
     """
     agreed_facts([*runs, *test])
     data = _Samples.of(runs)
@@ -340,6 +341,7 @@ def _checked(run: Run) -> pa.Table:
     empty = np.flatnonzero(np.diff(steps.column("cache_len").combine_chunks().offsets.to_numpy()) == 0)
     if empty.size:
         raise InputError("the batch is empty", path=place_of(run), row=int(empty[0]), column="request")
+    refuse_wrong_units(run)
     return steps
 
 

@@ -9,11 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from kvtwin.sim import cache_cli
 from kvtwin.traces.errors import InputError
 
 
 def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add `simulate`."""
+    """Add `simulate` and `cache`."""
     parser = subparsers.add_parser(
         "simulate",
         help="serve a workload with a simulated engine",
@@ -26,10 +27,14 @@ def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
         "-o", "--output", type=Path, required=True, metavar="RUN", help="folder to write; must not exist"
     )
     parser.add_argument(
-        "--record", default="", metavar="TABLES", help="optional tables to keep, comma-separated: steps (default: none)"
+        "--record",
+        default="",
+        metavar="TABLES",
+        help="optional tables to keep, comma-separated: steps, cache (SGLang only; default: none)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of a summary")
     parser.set_defaults(run=_run)
+    cache_cli.add_commands(subparsers)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -41,15 +46,18 @@ def _run(args: argparse.Namespace) -> int:
     from kvtwin.traces.run import refuse_existing
 
     refuse_existing(args.output)
-    record_steps = _record_steps(args.record)
+    record = _recorded_tables(args.record)
     started = time.perf_counter()
-    simulate = _simulator(read_settings(args.engine), args.engine)
+    settings = read_settings(args.engine)
+    if "record_cache" in record and settings.get("engine") != "sglang":
+        raise InputError("--record cache: cache events are recorded for SGLang only")
+    simulate = _simulator(settings, args.engine)
     profile = read_profile(args.profile)
     latency = profile.latency_model()
     workload = read_run(args.workload)
     loaded = time.perf_counter()
     source = {"workload": args.workload.name, "engine": args.engine.name, "profile": args.profile.name}
-    run = simulate(workload, latency, profile.host, record_steps=record_steps, source=source)
+    run = simulate(workload, latency, profile.host, **record, source=source)
     metrics: dict[str, Any] = {
         **run.info.metrics,
         **_summary(run),
@@ -79,12 +87,13 @@ def _simulator(settings: dict[str, Any], path: Path) -> Callable[..., Any]:
     return lambda workload, *args, **options: simulate(workload, vllm, *args, **options)
 
 
-def _record_steps(text: str) -> bool:
+def _recorded_tables(text: str) -> dict[str, bool]:
+    """`--record` as the simulators' arguments."""
     names = [name.strip() for name in text.split(",") if name.strip()]
-    unknown = [name for name in names if name != "steps"]
+    unknown = [name for name in names if name not in ("steps", "cache")]
     if unknown:
-        raise InputError(f"--record {unknown[0]!r}: 'steps' expected (cache events are not recorded yet)")
-    return bool(names)
+        raise InputError(f"--record {unknown[0]!r}: 'steps' or 'cache' expected")
+    return {"record_steps": "steps" in names, **({"record_cache": True} if "cache" in names else {})}
 
 
 def _summary(run: Any) -> dict[str, float]:

@@ -147,7 +147,7 @@ def _check(row: Any, place: str, path: str | PathLike[str]) -> Check:
         problem = f"keys are {_cut(sorted(row))}; expected {', '.join(sorted(known))}"
         raise InputError(problem, path=path, column=place)
     texts = {key: _expect(row[key], str, f"{place}.{key}", path) for key in _TEXTS}
-    for key, allowed in (("level", ("step", "e2e")), ("verdict", get_args(Verdict))):
+    for key, allowed in (("level", ("step", "e2e", "cache")), ("verdict", get_args(Verdict))):
         if texts[key] not in allowed:
             raise InputError(f"{texts[key]!r} is none of {', '.join(allowed)}", path=path, column=f"{place}.{key}")
     numbers = {key: _number(row[key], f"{place}.{key}", path, absent=math.nan) for key in _NUMBERS}

@@ -1,4 +1,4 @@
-"""`kvtwin validate step|e2e`: two runs, or a run and a profile, compared. (`kvtwin check` is in reports/.)"""
+"""`kvtwin validate step|e2e|cache`: two runs, or a run and a profile, compared. (`kvtwin check` is in reports/.)"""
 
 from __future__ import annotations
 
@@ -32,6 +32,13 @@ def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
     step.add_argument("predicted", type=Path, help="profile (JSON)")
     step.add_argument("--repeats", type=Path, nargs="+", default=[], metavar="RUN", help="more recordings: noise floor")
     step.set_defaults(run=_step)
+    cache = levels.add_parser("cache", help="hits, moves and evictions per cache level: two cache event traces")
+    cache.add_argument("measured", type=Path, help="run with cache events, Tair log, vLLM KV events, HiCache log")
+    cache.add_argument("predicted", type=Path, nargs="?", help="another such trace (or --capacity)")
+    cache.add_argument("--capacity", type=int, metavar="BLOCKS", help="replay MEASURED through a cache of this size")
+    cache.add_argument("--policy", default="lru", help="eviction policy of the replay (default: lru)")
+    cache.set_defaults(run=_cache)
+    cache.add_argument("--json", action="store_true", help="print one JSON document")
     for level in (e2e, step):
         level.add_argument("--seed", type=int, default=0, help="of the bootstrap intervals (default: 0)")
         level.add_argument("--json", action="store_true", help="print one JSON document")
@@ -64,6 +71,22 @@ def _step(args: argparse.Namespace) -> int:
     floor = step_floor([measured, *(read_run(path) for path in args.repeats)]) if args.repeats else None
     metrics = floor.metrics if floor else None
     _print(compare_steps(predictions, name=args.measured.name, floor=metrics, seed=args.seed), args)
+    return 0
+
+
+def _cache(args: argparse.Namespace) -> int:
+    from kvtwin.traces.errors import InputError
+    from kvtwin.traces.readers.cache_events import read_cache_events
+    from kvtwin.validate.cache import compare_cache, replay_events
+
+    if (args.predicted is None) == (args.capacity is None):
+        raise InputError("either PREDICTED or --capacity expected")
+    measured = read_cache_events(args.measured)
+    if args.predicted is not None:
+        predicted = read_cache_events(args.predicted)
+    else:
+        predicted = replay_events(measured, args.capacity, args.policy)
+    _print(compare_cache(measured, predicted, name=args.measured.name), args)
     return 0
 
 

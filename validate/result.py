@@ -21,7 +21,7 @@ class Check:
 
     Attributes:
         run: name of the recorded run it was judged on.
-        level: "step" (latency per batch) or "e2e" (per request).
+        level: "step" (latency per batch), "e2e" (per request) or "cache" (events of a KV cache).
         metric: such as "ttft_p90", "step_mape".
         unit: unit of `measured` and `simulated`: "ms", "tokens/s", "%" ...
         measured, simulated: the two values; NaN where the metric has only an error (a MAPE).
@@ -35,7 +35,7 @@ class Check:
     """
 
     run: str
-    level: Literal["step", "e2e"]
+    level: Literal["step", "e2e", "cache"]
     metric: str
     unit: str
     measured: float

@@ -11,11 +11,13 @@ from kvtwin.sim.sglang.hi_tree import HiRadixTree
 from kvtwin.sim.sglang.pool import KvPool
 from kvtwin.sim.sglang.radix_cache import RadixCache
 from kvtwin.sim.sglang.request import SglangRequest
+from kvtwin.sim.sglang.runs import Runs
 from kvtwin.sim.sglang.storage import Prefetch, StorageThreads
 from kvtwin.traces.errors import InputError
 
 _TOKENS_PER_KI: Final = 1024
 _NS_PER_S: Final = 1e9
+_NEXT_READING_S: Final = 1e-10
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +81,34 @@ class HiRadixCache(RadixCache):
         self._storage = tree.storage = storage
         self._prefetches: dict[int, Prefetch] = {}
         self._prefetch_tokens = 0
+        self._instant_ns, self._first_reading = -1, 0
         # Prefetches may hold this much of the host memory that the device does not mirror.
         self._max_prefetch_tokens = int(0.8 * (tree.host.size - pool.size))
 
     def match(self, request: SglangRequest, num_tokens: int) -> None:
         """Look up its first `num_tokens` tokens on both levels."""
+        self._note_instant()
         found = self._levels.match_path(self.key(request), num_tokens)
         request.prefix_len, request.last_node, request.host_hit_len, request.last_host_node = found
+
+    def _insert(self, request: SglangRequest, key: Runs, num_tokens: int, *, chunked: bool) -> None:
+        # What storage did before now comes first.
+        self.advance(self._clock.now_ns)
+        self._note_instant()
+        if self._caches_outputs and not chunked:
+            self._levels.time += 1  # 0.5.9: `prefill_finished_ts`, or `completion_time`
+        super()._insert(request, key, num_tokens, chunked=chunked)
+
+    def _note_instant(self) -> None:
+        if self._clock.now_ns != self._instant_ns:
+            self._instant_ns, self._first_reading = self._clock.now_ns, self._levels.time
+
+    def _reading_s(self) -> float:
+        """A reading of SGLang's clock as the oracle has it: no two are equal, each is 0.1 ns after the last."""
+        reading_s = self._clock.now_ns / _NS_PER_S
+        for _ in range(self._levels.time - self._first_reading):
+            reading_s += _NEXT_READING_S
+        return reading_s
 
     def evict(self, num_tokens: int) -> None:
         """Free at least `num_tokens` of the device, if that many are evictable."""
@@ -119,7 +142,7 @@ class HiRadixCache(RadixCache):
             if operation is not None:
                 self._release(operation)
         for node in messages.backed_up:
-            node.host_ref -= 1
+            self._levels.release_host(node)
         self._levels.host.free(messages.released_tokens)
         messages.revoked.clear()
         messages.backed_up.clear()
@@ -130,11 +153,13 @@ class HiRadixCache(RadixCache):
         if self._storage is None or not request.last_node.on_host:
             return
         self.advance(self._clock.now_ns)
+        self._levels.time += 1  # `Req.last_tic`
         start = request.prefix_len + request.host_hit_len
         num_tokens = request.fill_len - start
         started = self._start_prefetch(request, start, num_tokens - num_tokens % self._levels.page_size)
         started = started or request.row in self._prefetches
         self.observer.prefetch_asked(request.row, num_tokens, started)
+        self._levels.time += 2  # `PrefetchOperation.start_time`, `wait_queue_entry_time`
 
     def _start_prefetch(self, request: SglangRequest, start: int, num_tokens: int) -> bool:
         assert self._storage is not None
@@ -146,16 +171,16 @@ class HiRadixCache(RadixCache):
         if not host.alloc(num_tokens):
             self._levels.evict_host(num_tokens)
             if not host.alloc(num_tokens):
-                node.host_ref -= 1
+                self._levels.release_host(node)
                 return False
-        operation = Prefetch(request.row, self.key(request), start, num_tokens, node, self._clock.now_ns)
+        operation = Prefetch(request.row, self.key(request), start, num_tokens, node, self._reading_s())
         self._storage.prefetch(operation)
         self._prefetches[request.row] = operation
         self._prefetch_tokens += num_tokens
         return True
 
     def _release(self, operation: Prefetch) -> None:
-        operation.node.host_ref -= 1
+        self._levels.release_host(operation.node)
         self._prefetch_tokens -= operation.num_tokens
 
     def check_prefetch_progress(self, request: SglangRequest) -> bool:
@@ -164,7 +189,6 @@ class HiRadixCache(RadixCache):
         if operation is None:
             return True
         self.advance(self._clock.now_ns)
-        # The query's answer may have come since the last poll: it is revoked only when polled.
         if not self._may_end(operation):
             return False
         operation.terminated = True
@@ -182,12 +206,12 @@ class HiRadixCache(RadixCache):
         complete = operation.hit_tokens > 0 and operation.completed == operation.hit_tokens
         if complete or self._prefetch.policy == "wait_complete":
             return complete
-        return self._clock.now_ns / _NS_PER_S - operation.start_ns / _NS_PER_S > self._timeout_s(operation)
+        limit_s = self._prefetch.timeout_base_s + self._pages_timeout_s(operation)
+        return self._clock.now_ns / _NS_PER_S - operation.start_s > limit_s
 
-    def _timeout_s(self, operation: Prefetch) -> float:
+    def _pages_timeout_s(self, operation: Prefetch) -> float:
         page_size = self._levels.page_size
-        per_page_s = page_size / _TOKENS_PER_KI * self._prefetch.timeout_per_ki_token_s
-        return self._prefetch.timeout_base_s + operation.hit_tokens // page_size * per_page_s
+        return operation.hit_tokens // page_size * (page_size / _TOKENS_PER_KI * self._prefetch.timeout_per_ki_token_s)
 
     def next_event_ns(self) -> int | None:
         """When the next transfer after now ends, or a prefetch times out (a microsecond later, to be past it)."""
@@ -197,8 +221,9 @@ class HiRadixCache(RadixCache):
         if self._storage is not None:
             times_ns.append(self._storage.next_event_ns())
             if self._prefetch.policy == "timeout":
+                base_s = self._prefetch.timeout_base_s
                 times_ns += [
-                    int((operation.start_ns / _NS_PER_S + self._timeout_s(operation)) * _NS_PER_S) + 1000
+                    int((operation.start_s + base_s + self._pages_timeout_s(operation)) * _NS_PER_S) + 1000
                     for operation in self._prefetches.values()
                 ]
         coming = [time_ns for time_ns in times_ns if time_ns is not None and time_ns > now_ns]

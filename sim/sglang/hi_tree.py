@@ -75,6 +75,7 @@ class HiRadixTree(RadixTree):
             matched node that the host holds.
         """
         depth, node = self.match_prefix(key, num_tokens)
+        self._host_leaves.touch(node)
         host_hit, host_node = 0, node
         while not node.on_device:
             host_hit += node.length
@@ -89,6 +90,7 @@ class HiRadixTree(RadixTree):
         page_size = self.page_size
         limit = num_tokens - num_tokens % page_size
         node = self.root_node
+        self._touch(node)
         depth = index = offset = 0
         while depth < limit:
             child = node.children.get(edge_at(key, index, offset, page_size))
@@ -162,6 +164,7 @@ class HiRadixTree(RadixTree):
     def _split(self, lower: TreeNode, at: int) -> TreeNode:
         upper = super()._split(lower, at)
         upper.hit_count = lower.hit_count
+        self._host_leaves.touch(lower)
         return upper
 
     def insert_host(self, node: TreeNode, key: Runs, start: int, end: int) -> int:
@@ -185,6 +188,7 @@ class HiRadixTree(RadixTree):
             if partial:
                 break
         self._queue.touch(node)
+        self._host_leaves.touch(node)
         if depth < end:
             leaf = self._add_leaf(node, key, depth, end, node.priority)
             self.evictable -= leaf.length
@@ -226,6 +230,12 @@ class HiRadixTree(RadixTree):
             self.observer.storing(node)
             self.storage.backup(node, node.key())
             node.host_ref += 1
+
+    def release_host(self, node: TreeNode) -> None:
+        """A transfer lets go of a node on the host."""
+        node.host_ref -= 1
+        if node.host_ref == 0:
+            self._host_leaves.released(node)
 
     def _await_writes(self) -> None:
         """Wait for all copies (`writing_check(write_back=True)`)."""
@@ -302,10 +312,8 @@ class HiRadixTree(RadixTree):
     def evict_host(self, num_tokens: int) -> None:
         """Drop host leaves until at least `num_tokens` are free or none is left."""
         num_freed = 0
-        passed_over: list[TreeNode] = []
         for node in self._host_leaves.drain():
             if node.host_ref > 0:
-                passed_over.append(node)
                 continue
             num_freed += node.length
             self.host.free(node.length)
@@ -321,7 +329,6 @@ class HiRadixTree(RadixTree):
                 self._host_leaves.join(parent)
             if num_freed >= num_tokens:
                 break
-        self._host_leaves.put_back(passed_over)
         self.observer.evicted_host(num_tokens, num_freed)
 
     # -- host to device

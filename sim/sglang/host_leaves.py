@@ -16,14 +16,17 @@ class HostLeaves(Protocol):
     def update(self, node: TreeNode) -> None:
         """A node's levels, locks or children have changed."""
 
+    def touch(self, node: TreeNode) -> None:
+        """A node's key may have fallen."""
+
     def drain(self) -> Iterator[TreeNode]:
         """Candidates in the policy's order."""
 
     def join(self, parent: TreeNode) -> None:
         """The last child of a host node has been dropped."""
 
-    def put_back(self, nodes: list[TreeNode]) -> None:
-        """Candidates that were passed over."""
+    def released(self, node: TreeNode) -> None:
+        """No transfer holds a node on the host any more."""
 
     def drop(self, node: TreeNode) -> None:
         """A node has left the tree."""
@@ -44,6 +47,10 @@ class QueuedHostLeaves:
         if _is_host_leaf(node):
             self._queue.offer(node)
 
+    def touch(self, node: TreeNode) -> None:
+        """Rank it anew where its key may fall."""
+        self._queue.touch(node)
+
     def drain(self) -> Iterator[TreeNode]:
         """Candidates in the policy's order."""
         return self._queue.drain()
@@ -52,10 +59,9 @@ class QueuedHostLeaves:
         """A parent follows its last child."""
         self._queue.offer(parent)
 
-    def put_back(self, nodes: list[TreeNode]) -> None:
-        """They stay candidates."""
-        for node in nodes:
-            self._queue.offer(node)
+    def released(self, node: TreeNode) -> None:
+        """It may be dropped now."""
+        self.update(node)
 
     def drop(self, node: TreeNode) -> None:
         """It is off the queue already."""
@@ -82,6 +88,9 @@ class ListedHostLeaves:
         else:
             self._listed[node] = None
 
+    def touch(self, node: TreeNode) -> None:
+        """All are ranked at each eviction."""
+
     def drain(self) -> Iterator[TreeNode]:
         """What is listed now, in the policy's order, and whoever joins meanwhile."""
         self._heap = []
@@ -96,8 +105,8 @@ class ListedHostLeaves:
         self._serial += 1
         heapq.heappush(self._heap, (self._key(parent), self._serial, parent))
 
-    def put_back(self, nodes: list[TreeNode]) -> None:
-        """They have stayed on the list."""
+    def released(self, node: TreeNode) -> None:
+        """It has stayed on the list."""
 
     def drop(self, node: TreeNode) -> None:
         """A node has left the tree."""
@@ -105,4 +114,4 @@ class ListedHostLeaves:
 
 
 def _is_host_leaf(node: TreeNode) -> bool:
-    return not node.on_device and not node.children and node.lock_ref == 0 and node.alive
+    return not node.on_device and not node.children and node.lock_ref == node.host_ref == 0 and node.alive

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 from kvtwin.sim.sglang.eviction import EvictionKey, EvictionQueue, eviction_policy
@@ -75,7 +76,7 @@ class RadixTree:
         self.page_size = page_size
         self.counts_hits = counts_hits
         self.time = 0
-        self.root_node = TreeNode(None, (), 0, 0, 0)
+        self.root_node = TreeNode(None, (), 0, 0, -sys.maxsize)  # prefetched nodes take their parent's priority
         self.root_node.lock_ref = 1
         self.root_node.on_host = True
         self.evictable = self.protected = 0
@@ -186,7 +187,7 @@ class RadixTree:
         return depth
 
     def _add_leaf(self, parent: TreeNode, key: Runs, start: int, end: int, priority: int) -> TreeNode:
-        self.time += 1
+        self.time += 2  # last access, then creation
         leaf = TreeNode(parent, cut(key, start, end), end - start, self.time, priority)
         leaf.edge = edge_at(leaf.runs, 0, 0, self.page_size)
         parent.children[leaf.edge] = leaf
@@ -197,7 +198,7 @@ class RadixTree:
         """Cut a node after `at` tokens; returns the new upper part, which is younger than the lower."""
         parent = lower.parent
         assert parent is not None
-        self.time += 1
+        self.time += 2
         upper = TreeNode(parent, cut(lower.runs, 0, at), at, self.time, lower.priority)
         upper.lock_ref = lower.lock_ref
         upper.on_device, upper.on_host = lower.on_device, lower.on_host

@@ -97,7 +97,16 @@ class SglangScheduler:
         request.queue_entry = self._num_entries
 
     def note_idle(self) -> None:
-        """Nothing ran (`self_check_during_idle`)."""
+        """Nothing ran (`self_check_during_idle`).
+
+        Raises:
+            UpstreamStopError: slots are neither free nor cached, as write_back of 0.5.6 can leave them.
+        """
+        free, cached = self.pool.available, self.cache.evictable_size() + self.cache.protected_size()
+        if free + cached != self.pool.size:
+            raise UpstreamStopError(
+                f"memory leak detected: {free} free and {cached} cached of {self.pool.size} tokens: SGLang stops here"
+            )
         self.new_token_ratio = self.init_ratio
 
     def next_batch(self) -> Batch | None:
@@ -275,6 +284,16 @@ class SglangScheduler:
         running = self.running
         cache_lens = [request.kv_len - 1 for request in running]
         return Batch(DECODE, running, cache_lens, [1] * len(running), 0, retracted=retracted)
+
+    def make_room(self) -> bool:
+        """Evict what the next decode would; False, and nothing done, where that may not be enough."""
+        wanted = len(self.running) * self.pool.page_size
+        if self.pool.available < wanted:
+            if self.pool.available + self.cache.evictable_size() < wanted:
+                return False
+            self._has_room(self.running)
+            self._evict_for(wanted)
+        return self.pool.available >= wanted
 
     def _has_room(self, requests: list[SglangRequest]) -> bool:
         """Whether the next token of each finds room, after an eviction if need be (`check_decode_mem`)."""

@@ -8,9 +8,11 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from kvtwin.sim.frontend import at_the_client, order_at_the_engine
 from kvtwin.sim.latency.base import LatencyModel
 from kvtwin.sim.latency.host import HostTime
 from kvtwin.sim.sglang.build_cache import build_cache
+from kvtwin.sim.sglang.cache_record import CacheRecorder
 from kvtwin.sim.sglang.clock import Clock
 from kvtwin.sim.sglang.config import SglangConfig, rules_version
 from kvtwin.sim.sglang.engine import Observer, SglangEngine
@@ -31,6 +33,7 @@ def simulate_sglang(
     host: HostTime | None = None,
     *,
     record_steps: bool = True,
+    record_cache: bool = False,
     plain: bool = False,
     source: Mapping[str, Any] | None = None,
 ) -> Run:
@@ -47,8 +50,19 @@ def simulate_sglang(
     recorder = Recorder(len(requests), record_steps=record_steps)
     engine = build_engine(config, latency, host, observer=recorder, plain=plain)
     recorder.scheduler = engine.scheduler
-    engine.run(sorted(requests, key=lambda request: request.arrival_ns))
+    cache_recorder = CacheRecorder(engine.clock)
+    if record_cache and not config.disable_radix_cache:
+        engine.scheduler.cache.observer = cache_recorder
+    host = host or HostTime()
+    arrival_ns, order = order_at_the_engine(workload.requests, host)
+    for request, time_ns in zip(requests, arrival_ns.tolist(), strict=True):
+        request.arrival_ns = time_ns
+    engine.run([requests[row] for row in order.tolist()])
     core_s = time.perf_counter() - started
+    tables = recorder.tables(workload.requests, requests)
+    if record_cache:
+        tables["cache"] = cache_recorder.table(requests, tables["requests"].column("scheduled_ns").to_pylist())
+    tables["requests"] = at_the_client(tables["requests"], host)
     info = RunInfo(
         kind="simulated",
         engine=f"sglang {config.version} (rules of {rules_version(config.version)})",
@@ -59,7 +73,7 @@ def simulate_sglang(
         source=dict(source or {}),
         metrics={"num_steps": engine.num_steps, "core_s": round(core_s, 6)},
     )
-    return Run(info, recorder.tables(workload.requests, requests), name="the simulated run")
+    return Run(info, tables, name="the simulated run")
 
 
 def build_engine(
@@ -88,8 +102,7 @@ def build_requests(workload: Run, config: SglangConfig) -> list[SglangRequest]:
     block_tokens = workload.info.hash_block_tokens or 0
     nodes = prefix_nodes(table) if block_tokens else [[] for _ in range(table.num_rows)]
     unused = block_tokens * (1 + max((max(chain) for chain in nodes if chain), default=-1))
-    # SGLang's sentinels for requests without a priority (`_set_or_validate_priority`).
-    lowest = sys.maxsize if config.schedule_low_priority_values_first else -sys.maxsize - 1
+    unset = unset_priority(config)
     requests = []
     for row, (arrival_ns, prompt, output, priority) in enumerate(zip(*columns, strict=True)):
         _refuse_too_long(prompt, output, config, workload, row)
@@ -106,11 +119,18 @@ def build_requests(workload: Run, config: SglangConfig) -> list[SglangRequest]:
                 max_new_tokens=output,
                 prompt_runs=merge_runs(runs),
                 output_base=unused + left + 1,
-                priority=lowest if priority is None else priority,
+                priority=unset if priority is None else priority,
             )
         )
         unused += left + 1 + output + 1
     return requests
+
+
+def unset_priority(config: SglangConfig) -> int:
+    """The priority of a request that has none: the last there is, where it counts (`_set_or_validate_priority`)."""
+    if not config.enable_priority_scheduling:
+        return 0
+    return sys.maxsize if config.schedule_low_priority_values_first else -sys.maxsize - 1
 
 
 def _refuse_too_long(prompt: int, output: int, config: SglangConfig, workload: Run, row: int) -> None:

@@ -55,7 +55,7 @@ class Prefetch:
         row: the request.
         key, start, num_tokens: what is asked for: `num_tokens` of the key from `start` on.
         node: the host node below which they belong; protected meanwhile.
-        start_ns: when it was asked.
+        start_s: when it was asked.
         hit_tokens: how many storage holds; 0 until it has answered.
         completed: tokens read.
         terminated: the scheduler has ended it.
@@ -66,7 +66,7 @@ class Prefetch:
     start: int
     num_tokens: int
     node: TreeNode
-    start_ns: int
+    start_s: float
     hit_tokens: int = 0
     completed: int = 0
     terminated: bool = False

@@ -51,10 +51,10 @@ def num_steady_steps(scheduler: SglangScheduler, most: int) -> int:
         return 0
     running = scheduler.running
     steps = min(most, min([request.max_new_tokens - request.num_outputs for request in running]) - 1)
-    # Below this nothing is evicted: the decode asks for a page per request, whether or not it begins one.
-    spare = scheduler.pool.available - len(running) * scheduler.pool.page_size
-    if steps <= 0 or spare < 0:
+    if steps <= 0 or not scheduler.make_room():
         return 0
+    # Nothing more is evicted as long as there is this much: a decode asks for a page per request, needed or not.
+    spare = scheduler.pool.available - len(running) * scheduler.pool.page_size
     size = scheduler.pool.page_size
     if size == 1:
         return min(steps, spare // len(running) + 1)

@@ -85,6 +85,7 @@ def test_what_cannot_be_calibrated_is_refused(
         "--enforce-eager is for kernel tables": [*SWEEPS, "--enforce-eager"],
         "calibrated alone": [str(tmp_path / "tables"), *SWEEPS],
         "no tp1 here; found: none": [str(tmp_path / "tables")],
+        "--plots is not for kernel tables": [str(tmp_path / "tables"), "--plots", str(tmp_path / "page.html")],
         "--tensor-parallel-size 0: at least 1 expected": [str(tmp_path / "tables"), "--tensor-parallel-size", "0"],
     }
     for words, samples in cases.items():
@@ -130,12 +131,14 @@ def test_steps_are_judged_on_runs_that_take_no_part(tmp_path: Path, capsys: pyte
 
 def test_request_logs_become_a_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     engine = str(RUNS.parent / "engine.toml")
-    words = [str(RUNS / "saturated_1"), "--from", "requests", "--engine", engine, "-o", str(tmp_path / "p.json")]
+    places = ["-o", str(tmp_path / "p.json"), "--plots", str(tmp_path / "page.html")]
+    words = [str(RUNS / "saturated_1"), "--from", "requests", "--engine", engine, *places]
     assert main(["calibrate", *words]) == 0
     out, err = capsys.readouterr()
     assert err == ""
-    for part in ("ttft", "tpot", "latency", "error of the distribution's", "price per unit, ns", "host time: none"):
+    for part in ("ttft", "tpot", "latency", "error of the distribution's", "price per unit, ns", "host time: output "):
         assert part in out
+    assert "<h2>Error distribution</h2>" in (tmp_path / "page.html").read_text(encoding="utf-8")
     profile = read_profile(tmp_path / "p.json")
     assert profile.kind == "regression"
     assert profile.provenance["runs"][0]["requests"] == 220

@@ -83,3 +83,8 @@ def test_profiles_without_prices_are_compared_by_predictions(profile: Profile) -
     assert found["prices"] == {}
     assert found["predictions"]["mean"] == pytest.approx(1.0)
     assert "prefill" in found["predictions"]["by_regime"]
+
+
+def test_damaged_provenance_is_one_line(profile: Profile) -> None:
+    with pytest.raises(InputError, match="provenance of a profile is damaged"):
+        diff_profiles(profile, replace(profile, provenance={"runs": 5}))

@@ -197,3 +197,13 @@ def test_logs_of_several_instances_are_refused() -> None:
     run = recorded(requests=70)
     message = refusal(with_column(run, "instance", [i % 2 for i in range(70)]))
     assert message == "instance: 2 engine instances served these requests: split the log, one run per instance"
+
+
+def test_a_log_in_another_unit_is_refused() -> None:
+    """Written in microseconds, read as nanoseconds."""
+    run = recorded(requests=70)
+    for name in ("arrival_ns", "queued_ns", "first_token_ns", "finish_ns"):
+        run = with_column(run, name, [value // 1000 for value in run.requests.column(name).to_pylist()])
+    message = refusal(run)
+    assert message.startswith("finish_ns: an output token takes ")
+    assert message.endswith("ns in the median: 20 us to 100 s expected (are these microseconds?); give nanoseconds")

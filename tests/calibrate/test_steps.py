@@ -288,6 +288,26 @@ def test_tensor_parallel_degrees_are_never_mixed(known_run: MakeRun) -> None:
     assert calibrate_steps([two]).tensor_parallel_size == 2
 
 
+@pytest.mark.parametrize(("factor", "hint"), [(1e-3, "microseconds"), (1e-6, "milliseconds"), (1e5, None)])
+def test_steps_in_another_unit_are_refused(make_run: MakeRun, factor: float, hint: str | None) -> None:
+    message = refusal(make_run([[(0, 10, 1)]] * 60, [round(5e6 * factor)] * 60))
+    assert "20 us to 100 s expected" in message
+    assert (f"(are these {hint}?)" in message) == (hint is not None)
+    assert message.endswith("give nanoseconds")
+
+
+def test_steps_and_requests_in_different_units_are_refused(known_run: MakeRun) -> None:
+    run = known_run(200, 0)
+    requests = run.requests.set_column(
+        run.requests.schema.get_field_index("first_token_ns"), "first_token_ns", [[5 * 10**12] * run.requests.num_rows]
+    )
+    message = refusal(Run(run.info, {"requests": requests.cast(run.requests.schema), "steps": run.steps}))
+    assert message.startswith(
+        "first_token_ns: first tokens lie at 5,000.000 .. 5,000.000 s, but the steps cover 0.000 .. "
+    )
+    assert message.endswith("bring both tables to one unit (ns) and one clock")
+
+
 # ---- a real engine -------------------------------------------------------------------------------------------
 
 

@@ -21,6 +21,9 @@ from kvtwin.traces.errors import KvtwinError
 from kvtwin.traces.readers import vllm_recording
 from kvtwin.traces.run import Run
 
+# The Makefile sets PYTHONSAFEPATH, which keeps a script's own folder out of the search path.
+sys.path.insert(0, str(Path(__file__).parent))
+
 # What a case's config.json leaves out: DEFAULTS of oracle/drive_scheduler.py.
 _DEFAULTS: Mapping[str, Any] = {
     "num_gpu_blocks": 4096, "block_size": 16, "max_num_seqs": 128, "max_num_batched_tokens": 2048,
@@ -63,13 +66,13 @@ def find_sglang_cases(folder: Path) -> list[Path]:
 
 def compare_sglang_case(case: Path) -> Result:
     """Simulate a case of SGLang's scheduler or caches and find the first difference."""
+    import compare_sglang_cache  # type: ignore[import-not-found]  # beside this file
     import compare_sglang_sched  # type: ignore[import-not-found]  # beside this file
 
-    settings = json.loads(case.read_text())
-    if "latency_ns" not in settings:
-        return Result(case, 0, "cannot be compared: not a case of a scheduler")
+    # Only what runs a scheduler has step times.
+    kind = compare_sglang_sched if "latency_ns" in json.loads(case.read_text()) else compare_sglang_cache
     try:
-        return Result(case, *compare_sglang_sched.difference_of(case))
+        return Result(case, *kind.difference_of(case))
     except FileNotFoundError as error:
         return Result(case, 0, f"cannot be compared: {error}")
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sglang_cache_log import CacheLog, taken
+from sglang_cache_log import CacheLog, taken  # type: ignore[import-not-found]  # beside this file
 from sglang_workloads import (  # type: ignore[import-not-found]  # beside this file
     OUTPUT_BASE,
     OUTPUTS_PER_REQUEST,
@@ -27,7 +27,7 @@ from kvtwin.sim.sglang.config import SglangConfig, sglang_config
 from kvtwin.sim.sglang.engine import Launched, SglangEngine
 from kvtwin.sim.sglang.request import SglangRequest
 from kvtwin.sim.sglang.scheduler import UpstreamStopError
-from kvtwin.sim.sglang.simulate import build_engine
+from kvtwin.sim.sglang.simulate import build_engine, unset_priority
 from kvtwin.sim.sglang.stretch import Stretch
 from kvtwin.traces.errors import KvtwinError
 
@@ -100,7 +100,7 @@ def case_requests(case: Case, config: SglangConfig) -> tuple[list[CaseRequest], 
     """The workload, without the requests that the driver leaves out, and the engine's view of it."""
     room = config.max_total_tokens - 4 * config.page_size - 8
     kept = [r for r in make_workload(case.settings["workload"]) if r.input_length + r.output_length <= room]
-    lowest = (1 << 63) - 1 if config.schedule_low_priority_values_first else -(1 << 63)
+    unset = unset_priority(config)
     requests = [
         SglangRequest(
             row=row,
@@ -109,7 +109,7 @@ def case_requests(case: Case, config: SglangConfig) -> tuple[list[CaseRequest], 
             max_new_tokens=min(request.output_length, config.max_req_len - request.input_length - 1),
             prompt_runs=request.runs,
             output_base=OUTPUT_BASE + row * OUTPUTS_PER_REQUEST,
-            priority=lowest if request.priority is None else request.priority,
+            priority=unset if request.priority is None else request.priority,
         )
         for row, request in enumerate(kept)
     ]
@@ -202,7 +202,7 @@ def simulate_case(case: Case, *, plain: bool = False) -> tuple[list[list[Any]], 
     kept, requests = case_requests(case, config)
     prices = case.settings["latency_ns"]
     latency = LinearLatency(prices["a"], prices["b"] + prices["c"], prices["c"], prices["d"])
-    log = OracleLog(CacheLog(levels=config.enable_hierarchical_cache, now_ns=lambda: log.now_ns))
+    log: OracleLog = OracleLog(CacheLog(levels=config.enable_hierarchical_cache, now_ns=lambda: log.now_ns))
     log.engine = build_engine(config, latency, observer=log, plain=plain)
     if not config.disable_radix_cache:
         log.engine.scheduler.cache.observer = log.cache

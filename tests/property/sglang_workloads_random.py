@@ -7,7 +7,13 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from kvtwin.sim.sglang.config import EVICTION_POLICIES, SCHEDULE_POLICIES, SglangConfig
+from kvtwin.sim.sglang.config import (
+    EVICTION_POLICIES,
+    PREFETCH_POLICIES,
+    SCHEDULE_POLICIES,
+    WRITE_POLICIES,
+    SglangConfig,
+)
 from kvtwin.traces.run import Run, RunInfo
 from kvtwin.traces.table import from_columns
 
@@ -20,6 +26,7 @@ def configs(draw: st.DrawFn) -> SglangConfig:
     pool = draw(st.integers(180, 900)) // page_size * page_size
     by_priority = draw(st.sampled_from([False, False, True]))
     policies = ("fcfs", "lof") if by_priority else SCHEDULE_POLICIES
+    levels = draw(st.sampled_from([{}, {}, {"disable_radix_cache": True}, None, None]))
     return SglangConfig(
         max_total_tokens=pool,
         version=draw(st.sampled_from(["0.5.6.post2", "0.5.9"])),
@@ -31,13 +38,28 @@ def configs(draw: st.DrawFn) -> SglangConfig:
         schedule_policy=draw(st.sampled_from(policies)),
         schedule_conservativeness=draw(st.sampled_from([0.1, 0.5, 1.0])),
         disable_overlap_schedule=draw(st.booleans()),
-        disable_radix_cache=draw(st.sampled_from([False, False, True])),
         radix_eviction_policy=draw(st.sampled_from(EVICTION_POLICIES)),
         enable_priority_scheduling=by_priority,
         schedule_low_priority_values_first=draw(st.booleans()),
         priority_scheduling_preemption_threshold=draw(st.integers(0, 2)),
         random_seed=draw(st.integers(0, 9)),
+        **(draw(host_levels()) if levels is None else levels),
     )
+
+
+@st.composite
+def host_levels(draw: st.DrawFn) -> dict[str, Any]:
+    """A host level, and perhaps storage below it; transfers as fast as a step, or slower than many."""
+    slow = draw(st.sampled_from([1, 100]))
+    return {
+        "enable_hierarchical_cache": True,
+        "hicache_ratio": draw(st.sampled_from([1.2, 2.0, 4.0])),
+        "hicache_write_policy": draw(st.sampled_from(WRITE_POLICIES)),
+        "hicache_storage_backend": draw(st.sampled_from(["", "file"])),
+        "hicache_storage_prefetch_policy": draw(st.sampled_from(PREFETCH_POLICIES)),
+        "hicache_storage_backend_extra_config": {"prefetch_threshold": 16, "prefetch_timeout_base": 0.01},
+        "hicache_links": {"d2h_per_token": 300 * slow, "h2d_per_token": 300 * slow, "read_per_page": 2_000 * slow},
+    }
 
 
 @st.composite

@@ -35,7 +35,7 @@ class Checked(OracleLog):  # type: ignore[misc]  # Any: found beside the oracle'
     """Writes everything down, and checks the invariants whenever the scheduler has decided."""
 
     def __init__(self, config: SglangConfig, requests: Sequence[SglangRequest]) -> None:
-        super().__init__(CacheLog(levels=False))
+        super().__init__(CacheLog(levels=config.enable_hierarchical_cache, now_ns=lambda: self.now_ns))
         self._config, self._requests = config, requests
         self.last_end_ns = 0
 
@@ -59,7 +59,9 @@ class Checked(OracleLog):  # type: ignore[misc]  # Any: found beside the oracle'
         live = [request for request in self._requests if request.kv_len and not request.finished]
         private = sum(pool.ceil(request.kv_len) - request.cache_protected_len for request in live)
         cached = 0 if cache.disable else cache.evictable_size() + cache.protected_size()
-        assert pool.available + cached + private == pool.size
+        # 0.5.6's write_back loses count of nodes below one that it drops, and stops when it is idle next.
+        if self._config.rules.lists_host_leaves or self._config.hicache_write_policy != "write_back":
+            assert pool.available + cached + private == pool.size
         assert self.last_end_ns <= start_ns < end_ns
         self.last_end_ns = end_ns
         assert len(set(batch)) == len(batch) <= self._config.max_running_requests
@@ -109,8 +111,9 @@ def test_everything_is_served_and_given_back(data: st.DataObject) -> None:
     pool, cache = engine.scheduler.pool, engine.scheduler.cache
     assert all(request.num_outputs == request.max_new_tokens for request in requests)
     assert all(0 <= request.num_cached_tokens < request.num_prompt_tokens for request in requests)
-    assert pool.available + cache.evictable_size() == pool.size
-    assert cache.protected_size() == 0
+    assert pool.available + cache.evictable_size() + cache.protected_size() == pool.size
+    # A copy's lock is taken off when the next prefill is tried, so the last ones stay.
+    assert config.enable_hierarchical_cache or cache.protected_size() == 0
 
 
 @settings(max_examples=100)

@@ -1,0 +1,143 @@
+"""Cache event traces: read from each format, compared, replayed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvtwin.reports.cli import main
+from kvtwin.traces.errors import InputError, KvtwinError
+from kvtwin.traces.readers.cache_events import read_cache_events
+from kvtwin.validate.cache import cache_figures, compare_cache, replay_events
+
+TAIR = "data/traces/tair/event_publisher.log.gz"
+
+
+def write(path: Path, lines: list[Any]) -> Path:
+    """JSON lines."""
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def tair(kind: str, time_us: int, **more: Any) -> dict[str, Any]:
+    """One event of a Tair log."""
+    return {"component": "cache_manager", "type": kind, "trigger_time_us": time_us, **more}
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    """Two prompts that share a block, the second looked up when the first has been stored."""
+    return write(
+        tmp_path / "tair.jsonl",
+        [
+            tair("GetCacheLocation", 10, keys=[1, -2, 3]),
+            tair("StartWriteCache", 11, keys=[1, -2, 3], write_session_id="a"),
+            tair("FinishWriteCache", 12, write_session_id="a", success_block=2),
+            tair("GetCacheLocation", 13, keys=[1, -2, 3]),
+        ],
+    )
+
+
+def test_a_tair_hit_is_a_leading_key_that_a_finished_write_stored(log: Path) -> None:
+    events = read_cache_events(log)
+    assert cache_figures(events) == {
+        "hit_rate": (2 / 6, 6), "hit_blocks_l3": (2.0, 2), "store_blocks_l3": (2.0, 2)
+    }  # fmt: skip
+    assert events.column("time_ns").to_pylist()[-1] == 3000
+    assert set(events.column("block_hash").to_pylist()) == {1, 2**64 - 2, 3}
+
+
+def test_vllm_events_are_stores_and_evictions_per_medium(tmp_path: Path) -> None:
+    stored = {"type": "BlockStored", "block_hashes": [7, "abc"], "block_size": 16, "medium": "GPU"}
+    removed = {"type": "BlockRemoved", "block_hashes": [7], "medium": "GPU"}
+    path = write(
+        tmp_path / "kv.jsonl",
+        [{"ts": 1.5, "events": [stored]}, {"ts": 2.0, "events": [removed, {"type": "AllBlocksCleared"}]}],
+    )
+    events = read_cache_events(path)
+    assert events.column("kind").to_pylist() == ["store", "store", "evict", "evict"]
+    assert events.column("time_ns").to_pylist() == [0, 0, 500_000_000, 500_000_000]
+    assert events.column("tokens").to_pylist() == [16, 16, None, None]
+
+
+def test_a_hicache_log_adds_up_to_its_summary(shared: Path) -> None:
+    path = shared / "oracle" / "sglang" / "hi_l2_write_through_p16.jsonl.gz"
+    figures = cache_figures(read_cache_events(path))
+    summary = json.loads((path.parent / "index.json").read_text())["hi_l2_write_through_p16"]
+    assert summary["retractions"] == 0
+    assert figures["hit_tokens_l1"][0] == summary["cached_tokens"]
+
+
+def test_a_trace_equals_itself(shared: Path) -> None:
+    events = read_cache_events(shared / TAIR)
+    checks = compare_cache(events, events, name="tair")
+    assert {check.error for check in checks} == {0.0}
+    assert [check.metric for check in checks] == ["hit_rate", "hit_blocks_l3", "store_blocks_l3"]
+
+
+def test_a_large_cache_replays_the_real_logs_hits_and_a_small_one_fewer(shared: Path) -> None:
+    events = read_cache_events(shared / TAIR)
+    large = compare_cache(events, replay_events(events, 10_000), name="tair")
+    assert {check.metric: check.error for check in large} == {
+        "hit_rate": 0.0, "hit_blocks_l3": 0.0, "store_blocks_l3": 0.0
+    }  # fmt: skip
+    small = {check.metric: check for check in compare_cache(events, replay_events(events, 100), name="tair")}
+    assert small["hit_rate"].error < -0.1
+    assert small["evict_for_store_l3"].simulated > 0
+
+
+def test_tokens_and_blocks_are_not_compared(log: Path, shared: Path) -> None:
+    tokens = read_cache_events(shared / "oracle" / "sglang" / "hi_l2_lfu.jsonl.gz")
+    with pytest.raises(InputError, match="one trace counts tokens"):
+        compare_cache(tokens, read_cache_events(log), name="x")
+
+
+def test_the_command_prints_checks_as_json(log: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["validate", "cache", str(log), "--capacity", "8", "--json"]) == 0
+    checks = json.loads(capsys.readouterr().out)["checks"]
+    assert {check["metric"] for check in checks} == {"hit_rate", "hit_blocks_l3", "store_blocks_l3"}
+    assert main(["validate", "cache", str(log)]) == 2
+    assert "either PREDICTED or --capacity" in capsys.readouterr().err
+
+
+def test_the_cache_command_keeps_below_beladys_bound(shared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = str(shared / "data" / "traces" / "mooncake" / "synthetic_trace.jsonl.gz")
+    assert main(["cache", trace, "--capacity", "2000000", "--json"]) == 0
+    results = json.loads(capsys.readouterr().out)["results"]
+    assert [row["policy"] for row in results] == ["lru", "lfu", "fifo", "mru", "filo", "priority", "slru"]
+    assert all(0 < row["hit_rate"] < row["belady_hit_rate"] for row in results)
+    assert main(["cache", trace, "--policy", "best"]) == 2
+    assert "one of lru" in capsys.readouterr().err
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(
+        st.recursive(
+            st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+            lambda inner: (
+                st.lists(inner, max_size=4)
+                | st.dictionaries(
+                    st.sampled_from(["component", "type", "events", "ts", "keys", "trigger_time_us", "block_hashes"]),
+                    inner,
+                )
+            ),
+            max_leaves=12,
+        ),
+        min_size=1,
+        max_size=4,
+    ),
+    st.sampled_from([{"component": "cache_manager"}, {"events": []}, {"type": "meta", "sglang": "0.5.9"}]),
+)
+def test_whatever_stands_in_a_file_is_read_or_refused_in_one_line(
+    tmp_path_factory: pytest.TempPathFactory, lines: list[Any], head: dict[str, Any]
+) -> None:
+    path = write(tmp_path_factory.mktemp("events") / "x.jsonl", [head, *lines])
+    with pytest.raises(KvtwinError) as caught:
+        read_cache_events(path)
+    assert "\n" not in str(caught.value)

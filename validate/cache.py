@@ -1,0 +1,174 @@
+"""Two cache event traces compared: what was found on each level, what moved between them, what was dropped."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from kvtwin.sim.sglang.observer import CacheObserver
+from kvtwin.sim.sglang.radix_tree import RadixTree, TreeNode
+from kvtwin.sim.sglang.runs import Runs, merge_runs
+from kvtwin.traces.errors import InputError
+from kvtwin.traces.table import from_columns
+from kvtwin.validate.result import Check
+
+_LEVELS = (1, 2, 3)
+_MOVES = ("load_back", "write_back", "prefetch_start", "prefetch_done", "prefetch_drop")
+
+
+def cache_figures(events: pa.Table) -> dict[str, tuple[float, int]]:
+    """What a cache event trace adds up to.
+
+    Args:
+        events: table of schema.CACHE.
+
+    Returns:
+        By metric its value and how many events it rests on: `hit_rate` (share of what was looked up), then
+        `hit_tokens`, `store_tokens`, `evict_tokens` per level (suffix `_l1` HBM, `_l2` host, `_l3` storage) and the
+        volume of each kind of move; blocks (`hit_blocks_l1`, ...) where no event says its tokens. Evictions are told
+        apart by what triggered them: of the same instant and level, `evict_for_store_l2`, else `evict_alone_l2`.
+    """
+    unit = "blocks" if events.column("tokens").null_count == events.num_rows else "tokens"
+    amounts = [1] * events.num_rows if unit == "blocks" else events.column("tokens").to_pylist()
+    kinds, levels, times = (events.column(name).to_pylist() for name in ("kind", "level", "time_ns"))
+    sums: dict[tuple[str, int], list[int]] = {}
+    stores = {(time, level) for time, level, kind in zip(times, levels, kinds, strict=True) if kind == "store"}
+    triggered: dict[tuple[str, int], list[int]] = {}
+    for kind, level, time, amount in zip(kinds, levels, times, amounts, strict=True):
+        entry = sums.setdefault((kind, level), [0, 0])
+        entry[0] += amount or 0
+        entry[1] += 1
+        if kind == "evict":
+            cause = "evict_for_store" if (time, level) in stores else "evict_alone"
+            entry = triggered.setdefault((cause, level), [0, 0])
+            entry[0] += amount or 0
+            entry[1] += 1
+    figures: dict[str, tuple[float, int]] = {}
+    looked_up = sum(entry[0] for (kind, _), entry in sums.items() if kind == "lookup")
+    if looked_up:
+        lookups = sum(entry[1] for (kind, _), entry in sums.items() if kind == "lookup")
+        hits = sum(entry[0] for (kind, _), entry in sums.items() if kind == "hit")
+        figures["hit_rate"] = hits / looked_up, lookups
+    for name in ("hit", "store", "evict", *_MOVES):
+        for level in _LEVELS:
+            if (name, level) in sums:
+                figures[f"{name}_{unit}_l{level}"] = float(sums[name, level][0]), sums[name, level][1]
+    for (cause, level), entry in sorted(triggered.items()):
+        figures[f"{cause}_l{level}"] = float(entry[0]), entry[1]
+    return figures
+
+
+def compare_cache(measured: pa.Table, predicted: pa.Table, *, name: str) -> list[Check]:
+    """A Check per figure that either trace has (`cache_figures`); one that a trace lacks counts as 0 there.
+
+    Args:
+        measured, predicted: tables of schema.CACHE.
+        name: of the measured trace.
+
+    Raises:
+        InputError: one counts tokens and the other blocks.
+    """
+    units = {table.column("tokens").null_count == table.num_rows for table in (measured, predicted)}
+    if len(units) > 1:
+        raise InputError("one trace counts tokens, the other blocks: they cannot be compared")
+    real, ours = cache_figures(measured), cache_figures(predicted)
+    checks = []
+    for metric in [*real, *(metric for metric in ours if metric not in real)]:
+        value, count = real.get(metric, (0.0, 0))
+        other = ours.get(metric, (0.0, 0))[0]
+        error = other / value - 1 if value else (0.0 if other == value else math.inf)
+        unit = "" if metric == "hit_rate" else ("blocks" if units == {True} else "tokens")
+        note = "" if math.isfinite(error) else "the measured trace has none"
+        error = error if math.isfinite(error) else math.nan
+        checks.append(Check(name, "cache", metric, unit, value, other, error, None, count, note=note))
+    return checks
+
+
+def replay_events(events: pa.Table, capacity_blocks: int, policy: str = "lru") -> pa.Table:
+    """What a cache of `capacity_blocks` would have done with the lookups and stores of a trace of block hashes.
+
+    Consecutive lookups, and consecutive stores, of one instant are one prompt's blocks, in order.
+
+    Raises:
+        InputError: lookups or stores without block hashes, or a capacity below 1.
+    """
+    if capacity_blocks < 1:
+        raise InputError(f"capacity is {capacity_blocks} blocks: at least 1 expected")
+    wanted = events.filter(pc.is_in(events.column("kind"), value_set=pa.array(["lookup", "store"])))
+    if wanted.column("block_hash").null_count or not wanted.num_rows:
+        raise InputError("a replay needs the block hashes of lookups and stores")
+    cache = _BlockCache(capacity_blocks, policy)
+    columns = (wanted.column(name).to_pylist() for name in ("time_ns", "level", "kind", "block_hash"))
+    group: list[int] = []
+    last: tuple[int, int, str] | None = None
+    for time, level, kind, block in zip(*columns, strict=True):
+        if last != (time, level, kind):
+            if last is not None:
+                cache.take(*last, group)
+            group, last = [], (time, level, kind)
+        group.append(block)
+    assert last is not None
+    cache.take(*last, group)
+    return from_columns("cache", cache.rows, "the replay")
+
+
+class _BlockCache(CacheObserver):
+    """A radix tree over block hashes, a block being its token."""
+
+    def __init__(self, capacity: int, policy: str) -> None:
+        self.rows: dict[str, list[Any]] = {"time_ns": [], "level": [], "kind": [], "block_hash": []}
+        self._tree = RadixTree(1, policy, counts_hits=True)
+        self._tree.observer = self
+        self._capacity, self._free = capacity, capacity
+        self._now = (0, 0)
+        self._prompt: list[int] = []
+        self._hashes: dict[int, int] = {}
+        self._names: dict[int, int] = {}
+
+    def _key(self, blocks: Sequence[int]) -> Runs:
+        # Names are even, so that no two blocks look like consecutive tokens.
+        for block in blocks:
+            name = self._names.setdefault(block, 2 * len(self._names))
+            self._hashes[name] = block
+        return merge_runs((self._names[block], 1) for block in blocks)
+
+    def _note(self, kind: str, block: int) -> None:
+        for name, value in zip(self.rows, (*self._now, kind, block), strict=True):
+            self.rows[name].append(value)
+
+    def take(self, time_ns: int, level: int, kind: str, blocks: list[int]) -> None:
+        """Look up or store one prompt's blocks."""
+        self._now = time_ns, level
+        if kind == "lookup":
+            self._prompt = blocks
+            matched, _ = self._tree.match_prefix(self._key(blocks), len(blocks))
+            for place, block in enumerate(blocks):
+                self._note("lookup", block)
+                if place < matched:
+                    self._note("hit", block)
+            return
+        # A store names new blocks only: they continue what its prompt found.
+        prefix = self._prompt[: self._prompt.index(blocks[0])] if blocks[0] in self._prompt else []
+        chain = [*prefix, *blocks]
+        key = self._key(chain)
+        matched, node = self._tree.match_prefix(key, len(chain))
+        missing = len(chain) - matched
+        if len(chain) > self._capacity:
+            return
+        if missing > self._free:
+            self._tree.inc_lock_ref(node)
+            self._free += self._tree.evict(missing - self._free)
+            self._tree.dec_lock_ref(node)
+        self._tree.insert(key, len(chain))
+        self._free -= missing
+        for block in chain[matched:]:
+            self._note("store", block)
+
+    def evicted(self, node: TreeNode) -> None:
+        """Note each of its blocks."""
+        for name, _ in node.runs:
+            self._note("evict", self._hashes[name])
