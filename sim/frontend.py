@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Protocol, TypeVar
-
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from kvtwin.sim.latency.host import HostTime
 
-
-class _Arrival(Protocol):
-    """A request of any engine."""
-
-    arrival_ns: int
-    num_prompt_tokens: int
+IntArray = npt.NDArray[np.int64]
 
 
-AnyRequest = TypeVar("AnyRequest", bound=_Arrival)
-
-
-def at_the_engine(requests: Iterable[AnyRequest], host: HostTime) -> list[AnyRequest]:
-    """Delay each request by its way through the frontend; returns them in the order in which the engine gets them."""
-    delayed = list(requests)
-    for request in delayed:
-        request.arrival_ns += host.frontend(request.num_prompt_tokens)
-    return sorted(delayed, key=lambda request: request.arrival_ns)
+def order_at_the_engine(requests: pa.Table, host: HostTime) -> tuple[IntArray, IntArray]:
+    """When the engine gets each request after its way through the frontend, and their rows in that order."""
+    sent_ns, num_tokens = (requests.column(name).to_numpy() for name in ("arrival_ns", "input_tokens"))
+    arrival_ns: IntArray = sent_ns + host.frontend(num_tokens)
+    return arrival_ns, np.argsort(arrival_ns, kind="stable")
 
 
 def at_the_client(requests: pa.Table, host: HostTime) -> pa.Table:

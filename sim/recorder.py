@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
 
-from kvtwin.sim.request import Request
-from kvtwin.sim.schedulers.plan import StepPlan
-from kvtwin.sim.stretch import Steps
+from kvtwin.sim.vllm.plan import StepPlan
+from kvtwin.sim.vllm.request import IntArray, Request
 from kvtwin.traces.schema import REQUESTS, STEPS
 
-_UNKNOWN = -1  # a request's time stamp that has not been set
+UNKNOWN = -1  # a request's time stamp that has not been set
 
 
 class RequestTimes:
@@ -21,26 +21,35 @@ class RequestTimes:
 
     def __init__(self, num_requests: int) -> None:
         self.queued, self.scheduled, self.first_token, self.finish, self.cached = (
-            array("q", [_UNKNOWN]) * num_requests for _ in range(5)
+            array("q", [UNKNOWN]) * num_requests for _ in range(5)
         )
+        self.num_preemptions = array("q", [0]) * num_requests
 
     def note_plan(self, plan: StepPlan, sched_ns: int) -> None:
-        """A schedule() call: note who is admitted for the first time."""
+        """A schedule() call: note who is admitted for the first time, and who is preempted."""
+        for request in plan.preempted:
+            self.num_preemptions[request.row] += 1
         for request, cache_len in zip(plan.requests, plan.cache_lens, strict=True):
-            if self.scheduled[request.row] == _UNKNOWN:
+            if self.scheduled[request.row] == UNKNOWN:
                 self.scheduled[request.row] = sched_ns
                 self.cached[request.row] = cache_len
 
     def note_tokens(self, plan: StepPlan, finished: Iterable[Request], now_ns: int) -> None:
         """A step's tokens are known: note first tokens and finishes."""
         for request, sampled in zip(plan.requests, plan.samples, strict=True):
-            if sampled and self.first_token[request.row] == _UNKNOWN:
+            if sampled and self.first_token[request.row] == UNKNOWN:
                 self.first_token[request.row] = now_ns
         for request in finished:
             self.finish[request.row] = now_ns
 
-    def table(self, workload: pa.Table, requests: Iterable[Request]) -> pa.Table:
-        """The workload's `requests` table with the simulated columns filled in."""
+    def table(self, workload: pa.Table, rows: IntArray) -> pa.Table:
+        """The workload's `requests` table with the simulated columns filled in.
+
+        Args:
+            workload: table of schema REQUESTS.
+            rows: where each request stands in it.
+        """
+        place = np.argsort(rows)
         columns = {name: workload.column(name) for name in REQUESTS.names}
         for name, values in (
             ("queued_ns", self.queued),
@@ -49,77 +58,132 @@ class RequestTimes:
             ("finish_ns", self.finish),
             ("cached_tokens", self.cached),
         ):
-            column = np.frombuffer(values, dtype=np.int64) if values else np.empty(0, np.int64)
-            columns[name] = pa.array(column, mask=column == _UNKNOWN)
+            column = _as_numpy(values)[place]
+            columns[name] = pa.array(column, mask=column == UNKNOWN)
         for name in ("client_first_token_ns", "client_finish_ns"):  # no client is simulated
             columns[name] = pa.nulls(workload.num_rows, pa.int64())
-        columns["num_preemptions"] = pa.array([request.num_preemptions for request in requests], pa.int64())
+        columns["num_preemptions"] = pa.array(_as_numpy(self.num_preemptions)[place])
         columns["instance"] = pa.array(np.zeros(workload.num_rows, np.int32))
         return pa.table(columns, schema=REQUESTS)
 
 
-class StepLog:
-    """One row per step, in compact arrays, for the `steps` table."""
+def _as_numpy(values: array[int]) -> IntArray:
+    return np.frombuffer(values, dtype=np.int64) if values else np.empty(0, np.int64)
 
-    _SCALARS = (
-        "sched_ns", "start_ns", "end_ns", "update_ns",
-        "num_waiting", "num_running", "num_free_blocks", "num_evicted_blocks",
-    )  # fmt: skip
+
+@dataclass(frozen=True, slots=True)
+class StepRows:
+    """Consecutive steps of one batch, each context one token longer than at the step before; often just one step.
+
+    Attributes:
+        requests: rows of the batch's members, in the scheduler's order.
+        cache_lens, input_lens: tokens computed before the first step and new tokens per step, per member.
+        preempted, finished: rows of the requests preempted while scheduling and finished with the step; only of
+            single steps.
+        num_waiting: requests waiting after each schedule().
+        num_running: requests running after each schedule().
+        num_free_blocks: after each schedule(), by step.
+        num_evicted_blocks: cached blocks that each step reallocated.
+        times_ns: (sched, start, end, update) of each step.
+    """
+
+    requests: Sequence[int]
+    cache_lens: Sequence[int]
+    input_lens: Sequence[int]
+    preempted: Sequence[int]
+    finished: Sequence[int]
+    num_waiting: int
+    num_running: int
+    num_free_blocks: Sequence[int]
+    num_evicted_blocks: Sequence[int]
+    times_ns: Sequence[tuple[int, int, int, int]]
+
+    def head(self, count: int) -> StepRows:
+        """The first `count` steps of a stretch."""
+        return replace(
+            self,
+            num_free_blocks=self.num_free_blocks[:count],
+            num_evicted_blocks=self.num_evicted_blocks[:count],
+            times_ns=self.times_ns[:count],
+        )
+
+    def last(self) -> StepRows:
+        """The last step of a stretch."""
+        ahead = len(self.times_ns) - 1
+        return replace(
+            self,
+            cache_lens=[cache_len + ahead for cache_len in self.cache_lens],
+            num_free_blocks=self.num_free_blocks[-1:],
+            num_evicted_blocks=self.num_evicted_blocks[-1:],
+            times_ns=self.times_ns[-1:],
+        )
+
+
+class StepLog:
+    """Steps as they happened, in compact arrays; a stretch of like steps is kept as one and expanded by `table`."""
+
+    _TIMES = ("sched_ns", "start_ns", "end_ns", "update_ns")
+    _NAMES = ("request", "preempted", "finished")
     _LISTS = ("request", "cache_len", "input_len", "preempted", "finished")
 
     def __init__(self) -> None:
-        self._scalars = {name: array("q") for name in self._SCALARS}
-        self._values = {name: array("i") for name in self._LISTS}
-        self._offsets = {name: array("i", [0]) for name in self._LISTS}
+        self._times = array("q")  # four per step
+        self._blocks = array("q")  # free and evicted, per step
+        self._queues = array("q")  # waiting and running, per stretch
+        self._counts = array("q")  # steps per stretch
+        self._values = {name: array("i") for name in self._LISTS}  # per stretch
+        self._offsets = {name: array("q", [0]) for name in self._LISTS}
 
-    def add(self, plan: StepPlan, finished: Iterable[Request], times_ns: tuple[int, int, int, int]) -> None:
-        """Note one step; `times_ns` are sched, start, end, update."""
-        counts = (plan.num_waiting, plan.num_running, plan.num_free_blocks, plan.num_evicted_blocks)
-        for name, value in zip(self._SCALARS, (*times_ns, *counts), strict=True):
-            self._scalars[name].append(value)
-        self._add_list("request", [request.row for request in plan.requests])
-        self._add_list("cache_len", plan.cache_lens)
-        self._add_list("input_len", plan.input_lens)
-        self._add_list("preempted", [request.row for request in plan.preempted])
-        self._add_list("finished", [request.row for request in finished])
+    def add(self, rows: StepRows) -> None:
+        """Note one step or a stretch of them."""
+        for times in rows.times_ns:
+            self._times.extend(times)
+        for pair in zip(rows.num_free_blocks, rows.num_evicted_blocks, strict=True):
+            self._blocks.extend(pair)
+        self._queues.extend((rows.num_waiting, rows.num_running))
+        self._counts.append(len(rows.times_ns))
+        lists = (rows.requests, rows.cache_lens, rows.input_lens, rows.preempted, rows.finished)
+        for name, values in zip(self._LISTS, lists, strict=True):
+            self._values[name].extend(values)
+            self._offsets[name].append(len(self._values[name]))
 
-    def add_alike(self, steps: Steps, times_ns: Sequence[tuple[int, int, int]], updates_ns: Sequence[int]) -> None:
-        """Note the first `len(times_ns)` steps of a stretch; `times_ns` are sched, start, end."""
-        count, size = len(times_ns), len(steps.requests)
-        columns = [*zip(*times_ns, strict=True), updates_ns] if count else [()] * 4
-        for name, values in zip(self._SCALARS[:4], columns, strict=True):
-            self._scalars[name].extend(values)
-        for name, value in (("num_waiting", steps.num_waiting), ("num_running", size)):
-            self._scalars[name].extend([value] * count)
-        self._scalars["num_free_blocks"].extend(steps.use.num_free[:count].tolist())
-        self._scalars["num_evicted_blocks"].extend(steps.use.num_evicted[:count].tolist())
-        rows = array("i", [request.row for request in steps.requests])
-        contexts = np.add.outer(np.arange(count), np.array(steps.cache_lens))
-        self._add_alike("request", rows * count, count, size)
-        self._add_alike("cache_len", array("i", contexts.astype(np.int32).tobytes()), count, size)
-        self._add_alike("input_len", array("i", [1]) * (count * size), count, size)
-        for name in ("preempted", "finished"):
-            self._add_alike(name, array("i"), count, 0)
+    def table(self, rows: IntArray) -> pa.Table:
+        """The `steps` table, a row per step.
 
-    def _add_alike(self, name: str, values: array[int], count: int, size: int) -> None:
-        """Append `count` lists of `size` values each, laid end to end."""
-        first = len(self._values[name])
-        self._values[name].extend(values)
-        self._offsets[name].extend(first + size * step for step in range(1, count + 1))
-
-    def _add_list(self, name: str, values: list[int]) -> None:
-        self._values[name].extend(values)
-        self._offsets[name].append(len(self._values[name]))
-
-    def table(self) -> pa.Table:
-        """The `steps` table."""
-        num_steps = len(self._scalars["start_ns"])
-        columns: dict[str, pa.Array] = {"step": pa.array(np.arange(num_steps, dtype=np.int64))}
-        columns["instance"] = pa.array(np.zeros(num_steps, np.int32))
-        for name, values in self._scalars.items():
-            columns[name] = pa.array(np.array(values, dtype=np.int64))
+        Args:
+            rows: where each request stands in the workload's table.
+        """
+        counts = _as_numpy(self._counts)
+        times = _as_numpy(self._times).reshape(-1, 4)
+        blocks = _as_numpy(self._blocks).reshape(-1, 2)
+        queues = np.repeat(_as_numpy(self._queues).reshape(-1, 2), counts, axis=0)
+        columns: dict[str, pa.Array] = {
+            "step": pa.array(np.arange(len(times), dtype=np.int64)),
+            "instance": pa.array(np.zeros(len(times), np.int32)),
+            "num_waiting": pa.array(queues[:, 0]),
+            "num_running": pa.array(queues[:, 1]),
+            "num_free_blocks": pa.array(blocks[:, 0]),
+            "num_evicted_blocks": pa.array(blocks[:, 1]),
+        }
+        for place, name in enumerate(self._TIMES):
+            columns[name] = pa.array(times[:, place])
         for name in self._LISTS:
-            items = pa.array(np.array(self._values[name], dtype=np.int32))
-            offsets = pa.array(np.array(self._offsets[name], dtype=np.int32))
-            columns[name] = pa.ListArray.from_arrays(offsets, items)
+            columns[name] = self._expanded(name, counts, rows)
         return pa.table({name: columns[name] for name in STEPS.names}, schema=STEPS)
+
+    def _expanded(self, name: str, counts: IntArray, rows: IntArray) -> pa.ListArray:
+        """One list per step; along a stretch, cache_len grows by one."""
+        values = np.array(self._values[name], dtype=np.int32)
+        if name in self._NAMES:
+            values = rows[values].astype(np.int32)
+        offsets = _as_numpy(self._offsets[name])
+        sizes = np.repeat(np.diff(offsets), counts)
+        ends = np.cumsum(sizes)
+        starts = np.repeat(offsets[:-1], counts)
+        source = np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - sizes), sizes)
+        items = values[source]
+        if name == "cache_len":
+            ahead = np.arange(len(sizes)) - np.repeat(np.cumsum(counts) - counts, counts)
+            items = items + np.repeat(ahead, sizes).astype(np.int32)
+        bounds = np.concatenate(([0], ends)).astype(np.int32)
+        return pa.ListArray.from_arrays(pa.array(bounds), pa.array(items))

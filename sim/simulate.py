@@ -6,17 +6,18 @@ import dataclasses
 import resource
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from kvtwin.sim.config import VllmConfig, rules_version
-from kvtwin.sim.engine import Engine
-from kvtwin.sim.frontend import at_the_client, at_the_engine
+from kvtwin.sim.frontend import at_the_client, order_at_the_engine
 from kvtwin.sim.latency.base import LatencyModel
 from kvtwin.sim.latency.host import HostTime
-from kvtwin.sim.request import Request
+from kvtwin.sim.vllm.engine import Engine
+from kvtwin.sim.vllm.request import IntArray, RequestBook
 from kvtwin.traces.errors import InputError
 from kvtwin.traces.run import Run, RunInfo
 from kvtwin.traces.workload import prefix_blocks
@@ -47,14 +48,16 @@ def simulate(
         InputError: a request that the engine would refuse (longer than max_model_len).
     """
     started = time.perf_counter()
-    requests = build_requests(workload, config)
+    host = host or HostTime()
+    arrival_ns, order = order_at_the_engine(workload.requests, host)
+    requests = build_requests(workload, config, arrival_ns, order)
+    prepared = time.perf_counter()
     engine = Engine(config, latency, host, record_steps=record_steps, plain=plain)
-    times = engine.run(at_the_engine(requests, host) if host else requests)
-    core_s = time.perf_counter() - started
-    table = times.table(workload.requests, requests)
-    tables = {"requests": at_the_client(table, host) if host else table}
+    times = engine.run(requests)
+    tables = {"requests": at_the_client(times.table(workload.requests, order), host)}
+    core_s = time.perf_counter() - prepared
     if record_steps:
-        tables["steps"] = engine.steps()
+        tables["steps"] = engine.steps(order)
     info = RunInfo(
         kind="simulated",
         engine=f"vllm {config.version} (rules of {rules_version(config.version)})",
@@ -63,58 +66,66 @@ def simulate(
         hash_block_tokens=workload.info.hash_block_tokens,
         engine_config=dataclasses.asdict(config),
         source=dict(source or {}),
-        metrics={"num_steps": engine.num_steps, "core_s": round(core_s, 6)},
+        metrics={
+            "num_steps": engine.num_steps,
+            "prepare_s": round(prepared - started, 6),
+            "core_s": round(core_s, 6),
+        },
     )
     return Run(info, tables, name="the simulated run")
 
 
-def build_requests(workload: Run, config: VllmConfig) -> list[Request]:
+def build_requests(
+    workload: Run, config: VllmConfig, arrival_ns: IntArray | None = None, order: IntArray | None = None
+) -> RequestBook:
     """The engine's view of a workload's requests, in order of arrival.
+
+    Args:
+        workload: any Run.
+        config: the engine's settings.
+        arrival_ns: when the engine gets each request, by row of the workload; default: when they arrive.
+        order: the rows in that order; default: as they stand.
 
     Raises:
         InputError: prompt plus output longer than max_model_len; names the row.
     """
     table = workload.requests
-    inputs, outputs = (table.column(name).to_pylist() for name in ("input_tokens", "output_tokens"))
+    inputs, outputs = (table.column(name).to_numpy() for name in ("input_tokens", "output_tokens"))
     _refuse_too_long(inputs, outputs, config, workload)
-    keys, own_base = _prefix_keys(workload, config)
-    requests = []
-    columns = (table.column(name).to_pylist() for name in ("request_id", "arrival_ns", "priority"))
-    for row, (name, arrival_ns, priority) in enumerate(zip(*columns, strict=True)):
-        requests.append(
-            Request(
-                row=row,
-                request_id=name,
-                arrival_ns=arrival_ns,
-                num_prompt_tokens=inputs[row],
-                max_tokens=outputs[row],
-                priority=priority or 0,
-                prefix_keys=keys[row],
-                own_key_base=own_base,
-            )
+    keys, num_shared_keys = _prefix_keys(workload, config)
+    order = np.arange(table.num_rows) if order is None else order
+    arrival_ns = table.column("arrival_ns").to_numpy() if arrival_ns is None else arrival_ns
+    return RequestBook(
+        request_ids=table.column("request_id").take(order).to_pylist(),
+        arrival_ns=arrival_ns[order].tolist(),
+        num_prompt_tokens=inputs[order].tolist(),
+        max_tokens=outputs[order].tolist(),
+        priority=table.column("priority").fill_null(0).to_numpy()[order].tolist(),
+        prefix_keys=keys and [keys[row] for row in order.tolist()],
+        num_shared_keys=num_shared_keys,
+        block_size=config.block_size,
+    )
+
+
+def _refuse_too_long(inputs: IntArray, outputs: IntArray, config: VllmConfig, workload: Run) -> None:
+    too_long = np.flatnonzero(inputs + outputs > config.max_model_len)
+    if len(too_long):
+        row = int(too_long[0])
+        raise InputError(
+            f"{inputs[row]} + {outputs[row]} tokens: longer than max_model_len ({config.max_model_len})",
+            path=workload.path,
+            row=row,
+            column="input_tokens",
         )
-        own_base += (inputs[row] + outputs[row]) // config.block_size + 1
-    return requests
 
 
-def _refuse_too_long(inputs: Sequence[int], outputs: Sequence[int], config: VllmConfig, workload: Run) -> None:
-    for row, (prompt, output) in enumerate(zip(inputs, outputs, strict=True)):
-        if prompt + output > config.max_model_len:
-            raise InputError(
-                f"{prompt} + {output} tokens: longer than max_model_len ({config.max_model_len})",
-                path=workload.path,
-                row=row,
-                column="input_tokens",
-            )
-
-
-def _prefix_keys(workload: Run, config: VllmConfig) -> tuple[list[list[int]], int]:
-    """Names of each request's full prompt blocks, and the first number that is not a name of these."""
+def _prefix_keys(workload: Run, config: VllmConfig) -> tuple[list[IntArray] | None, int]:
+    """Names of each request's full prompt blocks, and how many there are; None if there are none."""
     if not config.enable_prefix_caching:
-        return [[] for _ in range(workload.requests.num_rows)], 0
+        return None, 0
     blocks = prefix_blocks(workload.requests, workload.info.hash_block_tokens, config.block_size)
-    unused = 1 + max((int(ids.max()) for ids in blocks if len(ids)), default=-1)
-    return [ids.tolist() for ids in blocks], unused
+    count = 1 + max((int(ids.max()) for ids in blocks if len(ids)), default=-1)
+    return (blocks, count) if count else (None, 0)
 
 
 def with_metrics(run: Run, **metrics: float) -> Run:

@@ -8,7 +8,7 @@ engine blocks, of any size, that can be compared one by one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
@@ -70,26 +70,25 @@ def prefix_blocks(requests: pa.Table, hash_block_tokens: int | None, block_size:
     """
     if hash_block_tokens is None:
         return [_NO_BLOCKS] * requests.num_rows
-    chains, num_nodes_at = _intern_chains(_lists(requests.column("block_hashes")))
+    values, counts = _flat(requests.column("block_hashes"))
+    # Entries behind the prompt's last full engine block are no part of any.
+    num_full = requests.column("input_tokens").to_numpy() // block_size
+    used = np.minimum(counts, -(-num_full * block_size // hash_block_tokens))
+    depth = _places(counts)
+    is_used = depth < np.repeat(used, counts)
+    values, depth = values[is_used], depth[is_used]
+    node, num_nodes_at = _number_by_depth(_name_nodes(values, depth), depth)
     # Engine block i ends in the hash block of depth d where first[d] <= i < first[d + 1]; a chain node of depth d
     # owns that many consecutive ids, so a chain expands with one repeat and one addition.
-    depths = np.arange(len(num_nodes_at) + 1, dtype=np.int64)
-    first = depths * hash_block_tokens // block_size
+    first = np.arange(len(num_nodes_at) + 1, dtype=np.int64) * hash_block_tokens // block_size
     width = np.diff(first)
-    base = np.concatenate(([0], np.cumsum(num_nodes_at * width)))[:-1] - first[:-1]
-    num_full = requests.column("input_tokens").to_numpy() // block_size
-    depth_of = -(-num_full * block_size // hash_block_tokens)  # hash blocks that the full engine blocks reach into
-    result = []
-    for chain, limit, depth in zip(chains, num_full.tolist(), depth_of.tolist(), strict=True):
-        if chain is None:
-            result.append(_NO_BLOCKS)
-            continue
-        chain = chain[:depth]
-        starts = base[: len(chain)] + chain * width[: len(chain)]
-        ids = np.repeat(starts, width[: len(chain)])[:limit]
-        ids += np.arange(len(ids), dtype=np.int64)
-        result.append(ids)
-    return result
+    base = np.concatenate(([0], np.cumsum(num_nodes_at * width)))[:-1]
+    num_ids = np.minimum(width[depth], np.repeat(num_full, used) - first[depth])
+    before = np.cumsum(num_ids) - num_ids
+    ids = np.repeat(base[depth] + node * width[depth] - before, num_ids)
+    ids += np.arange(len(ids))
+    ends = np.cumsum(np.minimum(num_full, first[used])).tolist()
+    return [ids[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def prefix_nodes(requests: pa.Table) -> list[list[int]]:
@@ -98,48 +97,63 @@ def prefix_nodes(requests: pa.Table) -> list[list[int]]:
     Blocks get numbers as they first appear, so that those which a prompt is the first to have are consecutive. A
     request without hashes gets an empty list.
     """
-    names: dict[tuple[int, int], int] = {}
-    result = []
-    for entries in _lists(requests.column("block_hashes")):
-        chain, parent = [], -1
-        for entry in entries or ():
-            parent = names.setdefault((parent, entry), len(names))
-            chain.append(parent)
-        result.append(chain)
-    return result
+    values, counts = _flat(requests.column("block_hashes"))
+    names = _name_nodes(values, _places(counts)).tolist()
+    ends = np.cumsum(counts).tolist()
+    return [names[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def _intern_chains(lists: Sequence[list[int] | None]) -> tuple[list[IntArray | None], IntArray]:
-    """For each list, the number of its node among the nodes of the same depth, at every depth; and how many nodes
-    each depth has. Two lists have the same node at depth d exactly where their entries 0 to d are equal.
+def _flat(column: pa.ChunkedArray) -> tuple[npt.NDArray[np.uint64], IntArray]:
+    """All entries of a list column laid end to end, and how many each row has (0 for null)."""
+    lists = column.combine_chunks()
+    counts: IntArray = lists.value_lengths().fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
+    return lists.flatten().to_numpy(), counts
+
+
+def _places(counts: IntArray) -> IntArray:
+    """0 .. count - 1 for each count, laid end to end.
+
+    >>> _places(np.array([2, 0, 3])).tolist()
+    [0, 1, 0, 1, 2]
     """
-    nodes: list[dict[tuple[int, int], int]] = []
-    chains: list[IntArray | None] = []
-    for entries in lists:
-        if entries is None:
-            chains.append(None)
-            continue
-        nodes.extend({} for _ in range(len(entries) - len(nodes)))
-        chain, parent = [], 0
-        for known, entry in zip(nodes, entries, strict=False):
-            parent = known.setdefault((parent, entry), len(known))
-            chain.append(parent)
-        chains.append(np.array(chain, dtype=np.int64))
-    return chains, np.array([len(known) for known in nodes], dtype=np.int64)
+    ends = np.cumsum(counts)
+    places: IntArray = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - counts, counts)
+    return places
 
 
-def _lists(column: pa.ChunkedArray) -> list[list[int] | None]:
-    """The column as Python lists, many times faster than `to_pylist`."""
-    result: list[list[int] | None] = []
-    for chunk in column.chunks:
-        values = chunk.values.to_numpy()
-        bounds = chunk.offsets.to_numpy()
-        valid = chunk.is_valid().to_numpy(zero_copy_only=False)
-        result += [
-            values[start:end].tolist() if ok else None
-            for start, end, ok in zip(bounds[:-1], bounds[1:], valid, strict=True)
-        ]
-    return result
+def _name_nodes(values: npt.NDArray[np.uint64], depth: IntArray) -> IntArray:
+    """Name entries 0, 1, 2, ... in order of first appearance: equal where they and all before them in their rows are.
+
+    Args:
+        values: entries of all rows, laid end to end.
+        depth: place of each entry in its row.
+    """
+    if not len(values):
+        return _NO_BLOCKS
+    _, seen, name = np.unique(values, return_index=True, return_inverse=True)
+    parent = np.where(depth > 0, np.concatenate(([-1], name[:-1])), -1)
+    if np.array_equal(parent[seen][name], parent):
+        # Each entry always follows the same one, as hashes of whole prefixes do: equal entries mean equal chains.
+        rank = np.empty(len(seen), dtype=np.int64)
+        rank[np.argsort(seen)] = np.arange(len(seen))
+        return rank[name]
+    names: dict[tuple[int, int], int] = {}
+    chains, before = [], -1
+    for value, place in zip(values.tolist(), depth.tolist(), strict=True):
+        before = names.setdefault((before if place else -1, value), len(names))
+        chains.append(before)
+    return np.array(chains, dtype=np.int64)
+
+
+def _number_by_depth(names: IntArray, depth: IntArray) -> tuple[IntArray, IntArray]:
+    """Number the names of each depth 0, 1, 2, ...: the number of each entry, and how many each depth has."""
+    if not len(names):
+        return _NO_BLOCKS, _NO_BLOCKS
+    _, first = np.unique(names, return_index=True)
+    num_at = np.bincount(depth[first])
+    number = np.empty(len(first), dtype=np.int64)
+    number[np.argsort(depth[first], kind="stable")] = _places(num_at)
+    return number[names], num_at
 
 
 def with_prompts(run: Run, sent: Run | None) -> Run:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvtwin.sim.latency.stats import IntArray
+
 
 @dataclass(frozen=True, slots=True)
 class HostTime:
@@ -30,6 +32,11 @@ class HostTime:
     frontend_per_token_ns: int = 0
     output_ns: int = 0
 
+    @property
+    def takes_time(self) -> bool:
+        """Whether the engine's own part is more than the device's gap."""
+        return any((self.schedule_ns, self.schedule_per_req_ns, self.update_ns, self.update_per_req_ns))
+
     def schedule(self, num_reqs: int) -> int:
         """Nanoseconds before a step of `num_reqs` requests."""
         return self.schedule_ns + self.schedule_per_req_ns * num_reqs
@@ -38,6 +45,6 @@ class HostTime:
         """Nanoseconds after a step of `num_reqs` requests."""
         return self.update_ns + self.update_per_req_ns * num_reqs
 
-    def frontend(self, num_prompt_tokens: int) -> int:
-        """Nanoseconds before the engine's queue."""
+    def frontend(self, num_prompt_tokens: IntArray) -> IntArray:
+        """Nanoseconds before the engine's queue, per request."""
         return self.frontend_ns + self.frontend_per_token_ns * num_prompt_tokens

@@ -33,6 +33,25 @@ COLUMNS = (
 REGIMES: Final = ("prefill", "decode", "mixed")
 
 
+def batch_row(cache_lens: Sequence[int], input_lens: Sequence[int]) -> tuple[int, ...]:
+    """Statistics of one batch, in the order of `COLUMNS`, from its members' cached and new tokens."""
+    num_decode = decode = decode_sq = decode_max = 0
+    num_prefill = tokens = context = pairs = tokens_sq = 0
+    for cache_len, input_len in zip(cache_lens, input_lens, strict=True):
+        if input_len == 1:
+            num_decode += 1
+            decode += cache_len
+            decode_sq += cache_len * cache_len
+            decode_max = max(decode_max, cache_len)
+        else:
+            num_prefill += 1
+            tokens += input_len
+            context += cache_len
+            pairs += input_len * cache_len + input_len * (input_len + 1) // 2
+            tokens_sq += input_len * input_len
+    return num_decode, decode, decode_sq, decode_max, num_prefill, tokens, context, pairs, tokens_sq
+
+
 @dataclass(frozen=True, slots=True)
 class BatchStats:
     """Statistics of n batches.
@@ -46,22 +65,7 @@ class BatchStats:
     @classmethod
     def of_batch(cls, cache_lens: Sequence[int], input_lens: Sequence[int]) -> BatchStats:
         """One batch, from its members' cached and new tokens."""
-        num_decode = decode = decode_sq = decode_max = 0
-        num_prefill = tokens = context = pairs = tokens_sq = 0
-        for cache_len, input_len in zip(cache_lens, input_lens, strict=True):
-            if input_len == 1:
-                num_decode += 1
-                decode += cache_len
-                decode_sq += cache_len * cache_len
-                decode_max = max(decode_max, cache_len)
-            else:
-                num_prefill += 1
-                tokens += input_len
-                context += cache_len
-                pairs += input_len * cache_len + input_len * (input_len + 1) // 2
-                tokens_sq += input_len * input_len
-        row = [num_decode, decode, decode_sq, decode_max, num_prefill, tokens, context, pairs, tokens_sq]
-        return cls(np.array([row], dtype=np.int64))
+        return cls(np.array([batch_row(cache_lens, input_lens)], dtype=np.int64))
 
     @classmethod
     def of_steps(cls, steps: pa.Table) -> BatchStats:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from kvtwin.sim.frontend import at_the_client, at_the_engine
+from kvtwin.sim.frontend import at_the_client, order_at_the_engine
 from kvtwin.sim.latency.base import LatencyModel
 from kvtwin.sim.latency.host import HostTime
 from kvtwin.sim.sglang.build_cache import build_cache
@@ -53,12 +53,16 @@ def simulate_sglang(
     cache_recorder = CacheRecorder(engine.clock)
     if record_cache and not config.disable_radix_cache:
         engine.scheduler.cache.observer = cache_recorder
-    engine.run(at_the_engine(requests, host or HostTime()))
+    host = host or HostTime()
+    arrival_ns, order = order_at_the_engine(workload.requests, host)
+    for request, time_ns in zip(requests, arrival_ns.tolist(), strict=True):
+        request.arrival_ns = time_ns
+    engine.run([requests[row] for row in order.tolist()])
     core_s = time.perf_counter() - started
     tables = recorder.tables(workload.requests, requests)
     if record_cache:
         tables["cache"] = cache_recorder.table(requests, tables["requests"].column("scheduled_ns").to_pylist())
-    tables["requests"] = at_the_client(tables["requests"], host or HostTime())
+    tables["requests"] = at_the_client(tables["requests"], host)
     info = RunInfo(
         kind="simulated",
         engine=f"sglang {config.version} (rules of {rules_version(config.version)})",

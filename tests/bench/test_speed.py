@@ -40,7 +40,7 @@ def workload() -> Run:
 
 
 @pytest.mark.benchmark(group="engine core")
-@pytest.mark.parametrize("plain", [True, False], ids=["plain", "stretches"])
+@pytest.mark.parametrize("plain", [True, False], ids=["plain", "jumps"])
 def test_engine_core(benchmark: BenchmarkFixture, workload: Run, plain: bool) -> None:
     run = benchmark.pedantic(simulate, (workload, CONFIG, LATENCY), {"record_steps": False, "plain": plain}, rounds=3)
     benchmark.extra_info["num_steps"] = run.info.metrics["num_steps"]

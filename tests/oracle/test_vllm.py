@@ -17,7 +17,7 @@ SHARED = Path(os.environ.get("KVTWIN_SHARED", Path(__file__).resolve().parents[3
 CASES = compare.find_cases(SHARED / "oracle")
 
 
-@pytest.mark.parametrize("plain", [True, False], ids=["plain", "stretches"])
+@pytest.mark.parametrize("plain", [True, False], ids=["plain", "jumps"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.parent.name}-{case.name}")
 def test_every_step_equals_the_real_schedulers(case: Path, plain: bool) -> None:
     assert compare.compare_case(case, plain=plain).difference == ""

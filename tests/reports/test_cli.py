@@ -6,7 +6,6 @@ import argparse
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 
@@ -21,7 +20,6 @@ from kvtwin.reports import cli
 from kvtwin.traces.errors import InputError
 
 HEAVY = ("pandas", "scipy", "statsmodels", "plotly")
-MAX_START_S = 0.4
 
 
 def commands(parser: argparse.ArgumentParser) -> set[str]:
@@ -130,14 +128,9 @@ def test_a_reader_that_goes_away_is_no_traceback() -> None:
     assert (done.returncode, done.stderr) == (141, "")
 
 
-def test_simulate_help_starts_quickly_and_imports_nothing_heavy() -> None:
+def test_simulate_help_imports_nothing_heavy() -> None:
     code = "import sys; from kvtwin.reports.cli import main; main(['simulate', '--help']); print(*sys.modules)"
-    spent = []
-    for _ in range(5):  # the best of five: other work on the machine only ever makes it slower
-        begin = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        spent.append(time.perf_counter() - begin)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = {name.partition(".")[0] for name in done.stdout.split()}
     assert "kvtwin" in loaded
     assert not loaded & set(HEAVY)
-    assert min(spent) < MAX_START_S

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvtwin.sim.request import Request
+from kvtwin.sim.vllm.request import Request
 
 
 @dataclass(slots=True)

@@ -6,8 +6,10 @@ Follows `vllm/v1/core/kv_cache_manager.py` (`KVCacheManager.get_computed_blocks`
 
 from __future__ import annotations
 
-from kvtwin.sim.kv.block_pool import BlockPool
-from kvtwin.sim.request import Request
+import numpy as np
+
+from kvtwin.sim.vllm.block_pool import IntArray, Pool
+from kvtwin.sim.vllm.request import NO_BLOCKS, Request
 
 
 def ceil_div(numerator: int, denominator: int) -> int:
@@ -29,21 +31,21 @@ class KVCacheManager:
         watermark_blocks: blocks that an admission must leave free.
     """
 
-    def __init__(self, pool: BlockPool, *, block_size: int, max_model_len: int, watermark_blocks: int) -> None:
+    def __init__(self, pool: Pool, *, block_size: int, max_model_len: int, watermark_blocks: int) -> None:
         self.pool = pool
         self._block_size = block_size
         self._max_model_len = max_model_len
         self._watermark_blocks = watermark_blocks
 
-    def computed_blocks(self, request: Request) -> list[int]:
+    def computed_blocks(self, request: Request) -> IntArray:
         """The request's longest cached prefix, in blocks. At least one token is left to compute."""
         if not self.pool.enable_prefix_caching:
-            return []
+            return NO_BLOCKS
         max_blocks = (request.num_tokens - 1) // self._block_size
         return self.pool.lookup(request.block_keys(0, max_blocks))
 
     def can_admit(
-        self, request: Request, num_new_tokens: int, hits: list[int], *, whole_sequence: bool, watermark: bool
+        self, request: Request, num_new_tokens: int, hits: IntArray, *, whole_sequence: bool, watermark: bool
     ) -> bool:
         """Whether a waiting request fits: its chunk and, with `whole_sequence`, all its known tokens.
 
@@ -60,7 +62,7 @@ class KVCacheManager:
         """Whether a running request can be given `num_new_tokens` more."""
         return self._num_missing(request, num_new_tokens) <= self.pool.num_free
 
-    def admit(self, request: Request, hits: list[int]) -> None:
+    def admit(self, request: Request, hits: IntArray) -> None:
         """Give a waiting request the blocks it hit."""
         self.pool.touch(hits)
         request.blocks = hits
@@ -73,7 +75,9 @@ class KVCacheManager:
         They enter when scheduled, not when computed, so a later request of the same step can hit them.
         Tokens still in flight are not known yet and enter later (`cache_known`).
         """
-        request.blocks += self.pool.allocate(self._num_missing(request, num_new_tokens))
+        missing = self._num_missing(request, num_new_tokens)
+        if missing:
+            request.blocks = np.concatenate((request.blocks, self.pool.allocate(missing)))
         self._cache(request, min(request.num_computed_tokens + num_new_tokens, request.num_tokens))
 
     def cache_known(self, request: Request) -> None:
@@ -83,7 +87,7 @@ class KVCacheManager:
     def free(self, request: Request) -> None:
         """Take all blocks from a finished or preempted request."""
         self.pool.free(request.blocks)
-        request.blocks = []
+        request.blocks = NO_BLOCKS
         request.num_cached_blocks = 0
 
     def _num_missing(self, request: Request, num_new_tokens: int) -> int:

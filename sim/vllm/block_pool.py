@@ -8,7 +8,50 @@ and never handed out. A block's content is named by an integer key: equal keys, 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.int64]
+
+
+class Pool(Protocol):
+    """What a block pool does; `BlockPool` is the specification, `array_pool.ArrayPool` the fast one.
+
+    Attributes:
+        enable_prefix_caching: whether blocks are ever given a key.
+        num_free: blocks in the free queue; cached blocks that nobody references are among them.
+        num_evicted: cached blocks that were handed out anew so far.
+    """
+
+    enable_prefix_caching: bool
+    num_evicted: int
+
+    @property
+    def num_free(self) -> int:
+        """See above."""
+
+    def lookup(self, keys: IntArray) -> IntArray:
+        """Blocks of the longest cached prefix of `keys`. Changes nothing."""
+
+    def num_unreferenced(self, blocks: IntArray) -> int:
+        """How many of these hit blocks lie in the free queue: taking them costs free blocks too."""
+
+    def touch(self, blocks: IntArray) -> None:
+        """Reference hit blocks, taking those that nobody referenced out of the free queue."""
+
+    def allocate(self, count: int) -> IntArray:
+        """Take `count` blocks from the front of the free queue; what they cached is forgotten.
+
+        The caller has asked `num_free` first.
+        """
+
+    def cache(self, blocks: IntArray, keys: IntArray) -> None:
+        """Enter full blocks into the prefix cache under their keys."""
+
+    def free(self, blocks: IntArray) -> None:
+        """Give back a request's blocks, from its last to its first."""
 
 
 class BlockPool:
@@ -34,42 +77,39 @@ class BlockPool:
 
     @property
     def num_free(self) -> int:
-        """Blocks in the free queue; cached blocks that nobody references are among them."""
+        """See `Pool`."""
         return len(self._free)
 
-    def lookup(self, keys: Iterable[int]) -> list[int]:
-        """Blocks of the longest cached prefix of `keys`. Changes nothing."""
+    def lookup(self, keys: IntArray) -> IntArray:
+        """See `Pool`."""
         blocks = []
-        for key in keys:
+        for key in keys.tolist():
             copies = self._cached.get(key)
             if copies is None:
                 break
             blocks.append(next(iter(copies)))
-        return blocks
+        return np.array(blocks, dtype=np.int64)
 
-    def num_unreferenced(self, blocks: Sequence[int]) -> int:
-        """How many of these hit blocks lie in the free queue: taking them costs free blocks too."""
-        return sum(self._ref_count[block] == 0 for block in blocks)
+    def num_unreferenced(self, blocks: IntArray) -> int:
+        """See `Pool`."""
+        return sum(self._ref_count[block] == 0 for block in blocks.tolist())
 
-    def touch(self, blocks: Iterable[int]) -> None:
-        """Reference hit blocks, taking those that nobody referenced out of the free queue."""
-        for block in blocks:
+    def touch(self, blocks: IntArray) -> None:
+        """See `Pool`."""
+        for block in blocks.tolist():
             if self._ref_count[block] == 0:
                 del self._free[block]
             self._ref_count[block] += 1
 
-    def allocate(self, count: int) -> list[int]:
-        """Take `count` blocks from the front of the free queue; what they cached is forgotten.
-
-        The caller has asked `num_free` first: too few is a fault of ours, and a KeyError.
-        """
+    def allocate(self, count: int) -> IntArray:
+        """See `Pool`. Too few is a fault of ours, and a KeyError."""
         blocks = []
         for _ in range(count):
             block, _ = self._free.popitem(last=False)
             self._forget(block)
             self._ref_count[block] = 1
             blocks.append(block)
-        return blocks
+        return np.array(blocks, dtype=np.int64)
 
     def _forget(self, block: int) -> None:
         key = self._key[block]
@@ -82,20 +122,20 @@ class BlockPool:
         self._key[block] = None
         self.num_evicted += 1
 
-    def cache(self, blocks: Iterable[int], keys: Iterable[int]) -> None:
-        """Enter full blocks into the prefix cache under their keys."""
-        for block, key in zip(blocks, keys, strict=True):
+    def cache(self, blocks: IntArray, keys: IntArray) -> None:
+        """See `Pool`."""
+        for block, key in zip(blocks.tolist(), keys.tolist(), strict=True):
             self._key[block] = key
             self._cached.setdefault(key, {})[block] = None
 
-    def free(self, blocks: Sequence[int]) -> None:
-        """Give back a request's blocks, from its last to its first.
+    def free(self, blocks: IntArray) -> None:
+        """See `Pool`.
 
         Those still shared stay; a cached block goes to the back of the queue (evicted last), one without
         a key to the front, so that the request's last block is reused first (0.32), or to the back (0.19).
         """
         uncached_first = []
-        for block in reversed(blocks):
+        for block in reversed(blocks.tolist()):
             self._ref_count[block] -= 1
             if self._ref_count[block]:
                 continue
@@ -106,6 +146,10 @@ class BlockPool:
         for block in reversed(uncached_first):
             self._free[block] = None
             self._free.move_to_end(block, last=False)
+
+    def free_order(self) -> list[int]:
+        """The free queue from front to back, for tests."""
+        return list(self._free)
 
     def check_invariants(self) -> None:
         """INV-KV: a block is free exactly when nobody references it; the map names only blocks so keyed."""

@@ -13,11 +13,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from kvtwin.sim.config import VllmConfig
-from kvtwin.sim.kv.block_pool import BlockPool
-from kvtwin.sim.kv.manager import KVCacheManager
-from kvtwin.sim.request import Request, Status
-from kvtwin.sim.schedulers.plan import StepPlan
-from kvtwin.sim.schedulers.queues import WAITING_QUEUES
+from kvtwin.sim.vllm.block_pool import IntArray, Pool
+from kvtwin.sim.vllm.kv_manager import KVCacheManager
+from kvtwin.sim.vllm.plan import StepPlan
+from kvtwin.sim.vllm.queues import waiting_queue
+from kvtwin.sim.vllm.request import Request, RequestBook, Status
 
 
 @dataclass(slots=True)
@@ -49,22 +49,19 @@ class VllmScheduler:
 
     Args:
         config: the engine's settings; `config.rules` holds what differs between versions.
+        requests: what the rows stand for.
+        pool: the KV blocks.
     """
 
-    def __init__(self, config: VllmConfig) -> None:
-        self.config, self._rules = config, config.rules
-        pool = BlockPool(
-            config.num_gpu_blocks,
-            enable_prefix_caching=config.enable_prefix_caching,
-            reuse_uncached_first=self._rules.reuse_uncached_first,
-        )
+    def __init__(self, config: VllmConfig, requests: RequestBook, pool: Pool) -> None:
+        self.config, self._rules, self._requests = config, config.rules, requests
         self.kv = KVCacheManager(
             pool,
             block_size=config.block_size,
             max_model_len=config.max_model_len,
             watermark_blocks=int(config.watermark * config.num_gpu_blocks),
         )
-        self.waiting = WAITING_QUEUES[config.policy]()
+        self.waiting = waiting_queue(config, requests)
         self.running: list[Request] = []
         # vLLM makes one more call after a request finishes, to pass its id on to the workers.
         self._finished_ids_to_flush = False
@@ -78,10 +75,6 @@ class VllmScheduler:
     def has_requests(self) -> bool:
         """Whether the engine calls schedule() (`Scheduler.has_requests`)."""
         return self.has_unfinished or self._finished_ids_to_flush
-
-    def add(self, request: Request) -> None:
-        """Take in an arrived request."""
-        self.waiting.add(request)
 
     def schedule(self) -> StepPlan:
         """Decide the next step: running requests in list order, then, if nobody was preempted, waiting ones."""
@@ -140,18 +133,17 @@ class VllmScheduler:
         self.kv.free(victim)
         victim.status = Status.WAITING
         victim.num_computed_tokens = 0
-        victim.num_preemptions += 1
         if self._rules.hold_back_stale_output:
             victim.num_stale_output_tokens = victim.num_in_flight_tokens
             victim.num_output_placeholders = 0
-        self.waiting.put_back(victim)
+        self.waiting.put_back(victim.row)
         call.preempted.append(victim)
         return victim, index
 
     def _schedule_waiting(self, call: _Call) -> None:
-        passed_over = []
+        passed_over: list[int] = []
         while self.waiting and call.budget > 0 and len(self.running) < self.config.max_num_seqs:
-            request = self.waiting.peek()
+            request = self._requests[self.waiting.peek()]
             if request.num_stale_output_tokens:
                 # Its token from before the preemption is still to come: resuming now could sample it twice.
                 passed_over.append(self.waiting.pop())
@@ -166,18 +158,10 @@ class VllmScheduler:
             request.status = Status.RUNNING
             self.running.append(request)
             call.take(request, num_new_tokens)
-        for request in reversed(passed_over):
-            self.waiting.put_back(request)
+        for row in reversed(passed_over):
+            self.waiting.put_back(row)
 
-    def could_admit_beside(self, num_decodes: int) -> bool:
-        """Whether a step that also has `num_decodes` decodes would take a waiting request in. Changes nothing."""
-        call = _Call(self.config.max_num_batched_tokens - num_decodes, self._long_prefill_threshold())
-        if not self.waiting or call.budget <= 0 or len(self.running) >= self.config.max_num_seqs:
-            return False
-        request = self.waiting.peek()
-        return request.num_stale_output_tokens > 0 or self._admission(request, call) is not None
-
-    def _admission(self, request: Request, call: _Call) -> tuple[int, list[int]] | None:
+    def _admission(self, request: Request, call: _Call) -> tuple[int, IntArray] | None:
         """New tokens and prefix hits with which a waiting request would be admitted now; None if it does not fit."""
         hits = self.kv.computed_blocks(request)
         num_new_tokens = call.cut(request.num_tokens - len(hits) * self.config.block_size)
@@ -186,7 +170,7 @@ class VllmScheduler:
         num_new_tokens = min(num_new_tokens, call.budget)
         return (num_new_tokens, hits) if self._can_admit(request, num_new_tokens, hits) else None
 
-    def _can_admit(self, request: Request, num_new_tokens: int, hits: list[int]) -> bool:
+    def _can_admit(self, request: Request, num_new_tokens: int, hits: IntArray) -> bool:
         return self.kv.can_admit(
             request,
             num_new_tokens,
@@ -254,7 +238,8 @@ class VllmScheduler:
             return
         for request in finished:
             if request.status is Status.WAITING:  # preempted with its last token in flight
-                self.waiting.remove(request)
+                self.waiting.remove(request.row)
             request.status = Status.FINISHED
+            self._requests.drop(request.row)
         self.running = [request for request in self.running if request.status is Status.RUNNING]
         self._finished_ids_to_flush = True

@@ -1,1 +1,0 @@
-"""The KV cache: blocks, prefix cache, free queue."""

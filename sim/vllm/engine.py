@@ -1,0 +1,143 @@
+"""One vLLM engine on a virtual clock: from event to event where it can, step by step where it must."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+from kvtwin.sim.config import VllmConfig
+from kvtwin.sim.latency.base import LatencyModel
+from kvtwin.sim.latency.host import HostTime
+from kvtwin.sim.latency.pricing import VectorPricer, pricer_for
+from kvtwin.sim.recorder import RequestTimes, StepLog
+from kvtwin.sim.vllm import handover
+from kvtwin.sim.vllm.array_pool import ArrayPool
+from kvtwin.sim.vllm.block_pool import BlockPool, Pool
+from kvtwin.sim.vllm.block_tables import CountedBlocks, PooledBlocks
+from kvtwin.sim.vllm.counted_pool import CountedPool
+from kvtwin.sim.vllm.jump import JumpLoop
+from kvtwin.sim.vllm.plain import PlainLoop
+from kvtwin.sim.vllm.request import IntArray, RequestBook
+from kvtwin.sim.vllm.scheduler import VllmScheduler
+
+_LEAST_PLAIN_TURNS = 4  # a handover costs about as much
+
+
+class Engine:
+    """Serves requests with one vLLM engine.
+
+    Args:
+        config: the engine's settings.
+        latency: how long the model runs for a batch.
+        host: time between steps.
+        record_steps: keep a row per step.
+        plain: take every step by itself: the specification; the result is the same, bit for bit.
+    """
+
+    def __init__(
+        self,
+        config: VllmConfig,
+        latency: LatencyModel,
+        host: HostTime | None = None,
+        *,
+        record_steps: bool = True,
+        plain: bool = False,
+    ) -> None:
+        self._config, self._host, self._is_plain = config, host or HostTime(), plain
+        self._pricer = VectorPricer(latency) if plain else pricer_for(latency)
+        self._record_steps = record_steps
+        self._log = StepLog()
+        self.num_steps = 0
+        self.pool: Pool = CountedPool(config.num_gpu_blocks)
+
+    def run(self, requests: RequestBook) -> RequestTimes:
+        """Serve `requests` to the last token.
+
+        Raises:
+            KvtwinError: a waiting request can never be scheduled, or preemptions undo one another for ever.
+        """
+        if self._is_plain:
+            return self._run_plain(requests)
+        # Nobody shares a block: only a request that comes back after a preemption can hit one, its own.
+        nothing_shared = not self._config.enable_prefix_caching or (
+            requests.num_shared_keys == 0 and not self._record_steps
+        )
+        if nothing_shared:
+            times = self._run_counted(requests)
+            if times is not None:
+                return times
+            requests.forget_all()
+        return self._run_pooled(requests)
+
+    def steps(self, rows: IntArray) -> pa.Table:
+        """The `steps` table of what was run. Only with `record_steps`.
+
+        Args:
+            rows: where each request stands in the workload's table.
+        """
+        assert self._record_steps, "steps were not recorded"
+        return self._log.table(rows)
+
+    def _run_plain(self, requests: RequestBook) -> RequestTimes:
+        config = self._config
+        self.pool = BlockPool(
+            config.num_gpu_blocks,
+            enable_prefix_caching=config.enable_prefix_caching,
+            reuse_uncached_first=config.rules.reuse_uncached_first,
+        )
+        times = RequestTimes(len(requests))
+        plain = self._plain_loop(requests, self.pool, times)
+        while plain.turn():
+            pass
+        self.num_steps = plain.clock.num_steps
+        return times
+
+    def _run_counted(self, requests: RequestBook) -> RequestTimes | None:
+        """None if somebody is preempted who could hit blocks of its own: the pool must be looked at then."""
+        self.pool = pool = CountedPool(self._config.num_gpu_blocks)
+        blocks = CountedBlocks(self._config, requests, pool)
+        return self._run_jumping(requests, pool, blocks, may_preempt=not self._config.enable_prefix_caching)
+
+    def _run_pooled(self, requests: RequestBook) -> RequestTimes:
+        config = self._config
+        self.pool = pool = ArrayPool(
+            config.num_gpu_blocks,
+            num_shared_keys=requests.num_shared_keys,
+            enable_prefix_caching=config.enable_prefix_caching,
+            reuse_uncached_first=config.rules.reuse_uncached_first,
+            counts_evicted=self._record_steps,
+        )
+        times = self._run_jumping(requests, pool, PooledBlocks(config, requests, pool), may_preempt=True)
+        assert times is not None
+        return times
+
+    def _run_jumping(
+        self, requests: RequestBook, pool: Pool, blocks: CountedBlocks | PooledBlocks, *, may_preempt: bool
+    ) -> RequestTimes | None:
+        times = RequestTimes(len(requests))
+        plain = self._plain_loop(requests, pool, times)
+        log = self._log if self._record_steps else None
+        waiting = plain.scheduler.waiting
+        jump = JumpLoop(
+            self._config, requests, waiting, blocks, pool, self._pricer, self._host, times, log, may_preempt=may_preempt
+        )
+        cuts_prompts = self._config.long_prefill_token_threshold > 0
+        while True:
+            done = jump.run()
+            self.num_steps = jump.num_steps
+            if done:
+                return times
+            if not may_preempt:
+                return None
+            handover.to_plain(jump, plain, requests, blocks)
+            turns = 0
+            while turns < _LEAST_PLAIN_TURNS or not handover.is_calm(plain, requests, cuts_prompts=cuts_prompts):
+                turns += 1
+                if not plain.turn():
+                    self.num_steps = plain.clock.num_steps
+                    return times
+            handover.to_jump(plain, jump, blocks)
+
+    def _plain_loop(self, requests: RequestBook, pool: Pool, times: RequestTimes) -> PlainLoop:
+        log = self._log if self._record_steps else None
+        scheduler = VllmScheduler(self._config, requests, pool)
+        return PlainLoop(self._config, requests, scheduler, self._pricer, self._host, times, log)

@@ -1,0 +1,165 @@
+"""The engine's loop, one step at a time: the specification.
+
+Follows vLLM's `EngineCore.run_busy_loop` with `step` (synchronous) or `step_with_batch_queue` (asynchronous
+scheduling: two batches in flight, the next one scheduled before the previous one's tokens are known).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from kvtwin.sim.config import VllmConfig
+from kvtwin.sim.latency.host import HostTime
+from kvtwin.sim.latency.pricing import Pricer
+from kvtwin.sim.latency.stats import batch_row
+from kvtwin.sim.recorder import RequestTimes, StepLog, StepRows
+from kvtwin.sim.vllm.plan import StepPlan
+from kvtwin.sim.vllm.request import RequestBook
+from kvtwin.sim.vllm.scheduler import VllmScheduler
+from kvtwin.traces.errors import KvtwinError
+
+
+@dataclass(slots=True)
+class InFlight:
+    """A scheduled batch whose tokens have not been taken in yet."""
+
+    plan: StepPlan
+    sched_ns: int
+    start_ns: int
+    end_ns: int
+
+
+@dataclass(slots=True)
+class Clock:
+    """Where an engine's loop stands in time.
+
+    Attributes:
+        now_ns: the host's time.
+        device_free_ns: when the device can start the next step.
+        num_steps: steps scheduled so far.
+        num_arrived: requests taken in so far.
+    """
+
+    now_ns: int = 0
+    device_free_ns: int = 0
+    num_steps: int = 0
+    num_arrived: int = 0
+
+
+class PlainLoop:
+    """Takes every step by itself, however alike they are.
+
+    Args:
+        config: the engine's settings.
+        requests: the workload.
+        scheduler: decides.
+        pricer: how long the model runs for a batch.
+        host: time between steps.
+        times: where the requests' time stamps go.
+        log: where the steps go; None to keep none.
+    """
+
+    def __init__(
+        self,
+        config: VllmConfig,
+        requests: RequestBook,
+        scheduler: VllmScheduler,
+        pricer: Pricer,
+        host: HostTime,
+        times: RequestTimes,
+        log: StepLog | None,
+    ) -> None:
+        self._config, self._requests, self._times, self._log = config, requests, times, log
+        self._pricer, self._host = pricer, host
+        self.depth = 2 if config.async_scheduling else 1
+        self.scheduler = scheduler
+        self.clock = Clock()
+        self.in_flight: deque[InFlight] = deque()
+        # Every step computes a token, so a cache full of them takes no more steps than this to reach a new one.
+        self._max_fruitless = 2 * config.capacity_tokens
+        self._fruitless = 0
+
+    def turn(self) -> bool:
+        """One turn of the loop: at most one batch scheduled, at most one taken in; False when all is served.
+
+        Raises:
+            KvtwinError: a waiting request can never be scheduled, or preemptions undo one another for ever.
+        """
+        self._add_arrived()
+        executed = preempted = False
+        if self.scheduler.has_requests:
+            batch = self._schedule()
+            executed, preempted = not batch.plan.is_empty, bool(batch.plan.preempted)
+            self.in_flight.append(batch)
+            if len(self.in_flight) < self.depth and executed:
+                return True  # step_with_batch_queue: fill the queue first
+        if self.in_flight:
+            self._update(self.in_flight.popleft())
+        return executed or preempted or bool(self.in_flight) or self._wait()
+
+    def _add_arrived(self) -> None:
+        clock, arrival_ns = self.clock, self._requests.arrival_ns
+        while clock.num_arrived < len(arrival_ns) and arrival_ns[clock.num_arrived] <= clock.now_ns:
+            self._times.queued[clock.num_arrived] = clock.now_ns
+            self.scheduler.waiting.extend((clock.num_arrived,))
+            clock.num_arrived += 1
+
+    def _schedule(self) -> InFlight:
+        plan, clock = self.scheduler.schedule(), self.clock
+        sched_ns = clock.now_ns
+        self._times.note_plan(plan, sched_ns)
+        if plan.is_empty:  # takes no time; it still has its place in the queue of batches
+            return InFlight(plan, sched_ns, sched_ns, sched_ns)
+        duration_ns = self._pricer.step_ns(batch_row(plan.cache_lens, plan.input_lens), clock.num_steps)
+        clock.now_ns += self._host.schedule(len(plan.requests))
+        start_ns = max(clock.now_ns, clock.device_free_ns)
+        clock.device_free_ns = start_ns + duration_ns + self._host.gap_ns
+        clock.num_steps += 1
+        return InFlight(plan, sched_ns, start_ns, start_ns + duration_ns)
+
+    def _update(self, batch: InFlight) -> None:
+        """The batch has run: advance the clock and feed its tokens back."""
+        plan, clock = batch.plan, self.clock
+        self._refuse_livelock(plan)
+        if plan.is_empty:
+            return
+        clock.now_ns = max(clock.now_ns, batch.end_ns) + self._host.update(len(plan.requests))
+        finished = self.scheduler.update(plan)
+        self._times.note_tokens(plan, finished, clock.now_ns)
+        if self._log is not None:
+            self._log.add(
+                StepRows(
+                    requests=[request.row for request in plan.requests],
+                    cache_lens=plan.cache_lens,
+                    input_lens=plan.input_lens,
+                    preempted=[request.row for request in plan.preempted],
+                    finished=[request.row for request in finished],
+                    num_waiting=plan.num_waiting,
+                    num_running=plan.num_running,
+                    num_free_blocks=[plan.num_free_blocks],
+                    num_evicted_blocks=[plan.num_evicted_blocks],
+                    times_ns=[(batch.sched_ns, batch.start_ns, batch.end_ns, clock.now_ns)],
+                )
+            )
+
+    def _refuse_livelock(self, plan: StepPlan) -> None:
+        """vLLM can preempt the same requests over and over, each time before one of them has a new token: with the
+        priority policy and equal (priority, arrival), the victim is the first of the running list."""
+        self._fruitless = 0 if any(plan.samples) else self._fruitless + 1
+        if self._fruitless > self._max_fruitless:
+            raise KvtwinError(
+                f"no request has got a token for {self._fruitless} steps: preemptions undo one another, as they do in "
+                "vLLM; give the KV cache more blocks, or let admissions reserve whole sequences"
+            )
+
+    def _wait(self) -> bool:
+        """Nothing can run: move the clock to the next arrival; False when everything is done."""
+        clock, scheduler = self.clock, self.scheduler
+        if clock.num_arrived == len(self._requests):
+            if scheduler.has_unfinished:
+                raise KvtwinError("waiting requests can never be scheduled: the KV cache is too small for them")
+            return False
+        if not scheduler.has_requests or scheduler.has_unfinished:
+            clock.now_ns = max(clock.now_ns, self._requests.arrival_ns[clock.num_arrived])
+        return True

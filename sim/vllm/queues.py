@@ -1,0 +1,82 @@
+"""vLLM's two waiting queues (`vllm/v1/core/sched/request_queue.py`), holding requests by row."""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Iterable
+from typing import Protocol
+
+from kvtwin.sim.config import VllmConfig
+from kvtwin.sim.vllm.request import RequestBook
+
+
+class WaitingQueue(Protocol):
+    """Rows of the requests that wait for admission, in the order in which they are tried."""
+
+    def extend(self, rows: Iterable[int]) -> None:
+        """New requests arrive."""
+
+    def put_back(self, row: int) -> None:
+        """A preempted or passed-over request returns."""
+
+    def peek(self) -> int:
+        """The next one to try; the queue must not be empty."""
+
+    def pop(self) -> int:
+        """Take the next one out; the queue must not be empty."""
+
+    def remove(self, row: int) -> None:
+        """Take out a request that finished while waiting."""
+
+    def __len__(self) -> int: ...
+
+
+class FcfsQueue(deque[int]):
+    """First come, first served; a preempted request goes to the front."""
+
+    put_back = deque.appendleft
+    pop = deque.popleft
+
+    def peek(self) -> int:
+        """The row at the front."""
+        return self[0]
+
+
+class PriorityQueue:
+    """Smallest (priority, arrival time, request id as a string) first; there is no front to return to."""
+
+    def __init__(self, requests: RequestBook) -> None:
+        self._requests = requests
+        self._heap: list[tuple[int, int, str, int]] = []
+
+    def put_back(self, row: int) -> None:
+        """Insert by priority. The row makes the order total: vLLM's ids are unique anyway."""
+        book = self._requests
+        heapq.heappush(self._heap, (book.priority[row], book.arrival_ns[row], book.request_ids[row], row))
+
+    def extend(self, rows: Iterable[int]) -> None:
+        """Insert each by priority."""
+        for row in rows:
+            self.put_back(row)
+
+    def peek(self) -> int:
+        """The row of the most urgent request."""
+        return self._heap[0][-1]
+
+    def pop(self) -> int:
+        """Take out the most urgent request."""
+        return heapq.heappop(self._heap)[-1]
+
+    def remove(self, row: int) -> None:
+        """Take out any request."""
+        self._heap = [entry for entry in self._heap if entry[-1] != row]
+        heapq.heapify(self._heap)
+
+    def __len__(self) -> int:
+        return len(self._heap)
+
+
+def waiting_queue(config: VllmConfig, requests: RequestBook) -> WaitingQueue:
+    """The queue of the configured policy."""
+    return FcfsQueue() if config.policy == "fcfs" else PriorityQueue(requests)
