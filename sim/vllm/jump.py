@@ -16,7 +16,6 @@ are cut by `long_prefill_token_threshold`, or when the batch is larger than the 
 from __future__ import annotations
 
 from array import array
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from heapq import heapify, heappop, heappush
@@ -129,7 +128,8 @@ class JumpLoop:
         self._max_num_seqs, self._max_tokens = config.max_num_seqs, config.max_num_batched_tokens
         self._cuts_prompts = config.long_prefill_token_threshold > 0
         self.now_ns = self.device_free_ns = self.num_steps = self.num_arrived = 0
-        self._next_arrival_ns = requests.arrival_ns[0] if len(requests) else _NEVER_NS
+        self._arrival_ns = [*requests.arrival_ns, _NEVER_NS]
+        self._next_arrival_ns = self._arrival_ns[0]
         # Running requests, by place: the n-th admission has place n.
         self.row_at = array("q")
         self.base_at = array("q")
@@ -172,8 +172,7 @@ class JumpLoop:
         """Set the clock to where the plain loop stopped."""
         self.now_ns, self.device_free_ns = now_ns, device_free_ns
         self.num_steps, self.num_arrived = num_steps, num_arrived
-        arrival_ns = self._requests.arrival_ns
-        self._next_arrival_ns = arrival_ns[num_arrived] if num_arrived < len(arrival_ns) else _NEVER_NS
+        self._next_arrival_ns = self._arrival_ns[num_arrived]
         self._head_blocked = False
 
     def take_place(self, row: int) -> int:
@@ -217,13 +216,14 @@ class JumpLoop:
         return bool(pending.last_places) and (len(self._waiting) > 0 or self._log is not None or not self.num_decode)
 
     def _take_arrivals(self) -> None:
-        arrival_ns, first, now_ns = self._requests.arrival_ns, self.num_arrived, self.now_ns
-        last = self.num_arrived = bisect_right(arrival_ns, now_ns, first)
-        rows, queued = range(first, last), self._times.queued
-        for row in rows:
+        arrival_ns, queued, waiting = self._arrival_ns, self._times.queued, self._waiting
+        row, now_ns = self.num_arrived, self.now_ns
+        while arrival_ns[row] <= now_ns:
             queued[row] = now_ns
-        self._waiting.extend(rows)
-        self._next_arrival_ns = arrival_ns[last] if last < len(arrival_ns) else _NEVER_NS
+            waiting.append(row)
+            row += 1
+        self.num_arrived = row
+        self._next_arrival_ns = arrival_ns[row]
         if self._arrivals_overtake:
             self._head_blocked = False
 
@@ -328,7 +328,7 @@ class JumpLoop:
         self._pool.free(blocks)
         request.put_back(request.max_tokens - num_left)
         self._times.num_preemptions[row] += 1
-        self._waiting.put_back(row)
+        self._waiting.appendleft(row)
         self.num_running -= 1
         self._head_blocked = False
         return row
@@ -355,7 +355,7 @@ class JumpLoop:
         """Admit waiting requests while the budget lasts; appends to `chunks`, and to `ready` whose prompt is done."""
         waiting, times, requests, started = self._waiting, self._times, self._requests, self._started
         while waiting and budget > 0 and self.num_running < self._max_num_seqs:
-            row = waiting.peek()
+            row = waiting[0]
             num_tokens, num_left = requests.num_prompt_tokens[row], requests.max_tokens[row]
             if started and row in started:  # it comes back after a preemption
                 num_outputs = started[row].num_output_tokens
@@ -366,7 +366,7 @@ class JumpLoop:
                 # With part of the budget taken by others it may be that, and the next step has it again.
                 self._head_blocked = not chunks
                 return
-            waiting.pop()
+            waiting.popleft()
             cached, chunk = admission
             place = len(self.row_at)
             self.row_at.append(row)

@@ -102,7 +102,7 @@ class PlainLoop:
         clock, arrival_ns = self.clock, self._requests.arrival_ns
         while clock.num_arrived < len(arrival_ns) and arrival_ns[clock.num_arrived] <= clock.now_ns:
             self._times.queued[clock.num_arrived] = clock.now_ns
-            self.scheduler.waiting.extend((clock.num_arrived,))
+            self.scheduler.waiting.append(clock.num_arrived)
             clock.num_arrived += 1
 
     def _schedule(self) -> InFlight:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Iterable
-from typing import Protocol
+from typing import Literal, Protocol
 
 from kvtwin.sim.config import VllmConfig
 from kvtwin.sim.vllm.request import RequestBook
@@ -14,57 +13,46 @@ from kvtwin.sim.vllm.request import RequestBook
 class WaitingQueue(Protocol):
     """Rows of the requests that wait for admission, in the order in which they are tried."""
 
-    def extend(self, rows: Iterable[int]) -> None:
-        """New requests arrive."""
+    def append(self, row: int, /) -> None:
+        """A new request arrives."""
 
-    def put_back(self, row: int) -> None:
+    def appendleft(self, row: int, /) -> None:
         """A preempted or passed-over request returns."""
 
-    def peek(self) -> int:
+    def __getitem__(self, place: Literal[0], /) -> int:
         """The next one to try; the queue must not be empty."""
 
-    def pop(self) -> int:
+    def popleft(self) -> int:
         """Take the next one out; the queue must not be empty."""
 
-    def remove(self, row: int) -> None:
+    def remove(self, row: int, /) -> None:
         """Take out a request that finished while waiting."""
 
     def __len__(self) -> int: ...
 
 
-class FcfsQueue(deque[int]):
-    """First come, first served; a preempted request goes to the front."""
-
-    put_back = deque.appendleft
-    pop = deque.popleft
-
-    def peek(self) -> int:
-        """The row at the front."""
-        return self[0]
-
-
 class PriorityQueue:
-    """Smallest (priority, arrival time, request id as a string) first; there is no front to return to."""
+    """Smallest (priority, arrival time, request id as a string) first; there is no front to return to.
+
+    Its methods are a deque's, which is what serves the fcfs policy.
+    """
 
     def __init__(self, requests: RequestBook) -> None:
         self._requests = requests
         self._heap: list[tuple[int, int, str, int]] = []
 
-    def put_back(self, row: int) -> None:
+    def append(self, row: int) -> None:
         """Insert by priority. The row makes the order total: vLLM's ids are unique anyway."""
         book = self._requests
         heapq.heappush(self._heap, (book.priority[row], book.arrival_ns[row], book.request_ids[row], row))
 
-    def extend(self, rows: Iterable[int]) -> None:
-        """Insert each by priority."""
-        for row in rows:
-            self.put_back(row)
+    appendleft = append
 
-    def peek(self) -> int:
+    def __getitem__(self, place: Literal[0]) -> int:
         """The row of the most urgent request."""
-        return self._heap[0][-1]
+        return self._heap[place][-1]
 
-    def pop(self) -> int:
+    def popleft(self) -> int:
         """Take out the most urgent request."""
         return heapq.heappop(self._heap)[-1]
 
@@ -78,5 +66,5 @@ class PriorityQueue:
 
 
 def waiting_queue(config: VllmConfig, requests: RequestBook) -> WaitingQueue:
-    """The queue of the configured policy."""
-    return FcfsQueue() if config.policy == "fcfs" else PriorityQueue(requests)
+    """The queue of the configured policy; with fcfs, a preempted request goes to the front."""
+    return deque() if config.policy == "fcfs" else PriorityQueue(requests)

@@ -136,30 +136,30 @@ class VllmScheduler:
         if self._rules.hold_back_stale_output:
             victim.num_stale_output_tokens = victim.num_in_flight_tokens
             victim.num_output_placeholders = 0
-        self.waiting.put_back(victim.row)
+        self.waiting.appendleft(victim.row)
         call.preempted.append(victim)
         return victim, index
 
     def _schedule_waiting(self, call: _Call) -> None:
         passed_over: list[int] = []
         while self.waiting and call.budget > 0 and len(self.running) < self.config.max_num_seqs:
-            request = self._requests[self.waiting.peek()]
+            request = self._requests[self.waiting[0]]
             if request.num_stale_output_tokens:
                 # Its token from before the preemption is still to come: resuming now could sample it twice.
-                passed_over.append(self.waiting.pop())
+                passed_over.append(self.waiting.popleft())
                 continue
             admission = self._admission(request, call)
             if admission is None:
                 break
             num_new_tokens, hits = admission
-            self.waiting.pop()
+            self.waiting.popleft()
             self.kv.admit(request, hits)
             self.kv.grow(request, num_new_tokens)
             request.status = Status.RUNNING
             self.running.append(request)
             call.take(request, num_new_tokens)
         for row in reversed(passed_over):
-            self.waiting.put_back(row)
+            self.waiting.appendleft(row)
 
     def _admission(self, request: Request, call: _Call) -> tuple[int, IntArray] | None:
         """New tokens and prefix hits with which a waiting request would be admitted now; None if it does not fit."""
