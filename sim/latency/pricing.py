@@ -96,7 +96,8 @@ class Progression:
         # The stable form of the positive root of slope/2 m^2 + (each - slope/2) m = time.
         linear = each - 0.5 * slope
         count = int(2 * time_ns / (linear + sqrt(linear * linear + 2 * slope * time_ns))) + 1
-        count = min(count, most)
+        if count > most:
+            count = most
         total = count * each + slope * (count * (count - 1) // 2)
         while count > 1:
             before = total - each - slope * (count - 1)
@@ -170,7 +171,8 @@ class LinearPricer:
         """See `Pricer`."""
         num_decode, context, _, _, num_prefill, tokens, prefix, _, _ = row
         time = self._base + self._per_decode * num_decode + self._per_token * tokens + self._per_req * num_prefill
-        return max(time + self._per_context * (context + prefix), 1)
+        time += self._per_context * (context + prefix)
+        return time if time > 1 else 1
 
     def stretch(
         self,

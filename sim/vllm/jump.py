@@ -269,7 +269,8 @@ class JumpLoop:
         if self._asynchronous:
             batch, self.pending = self.pending, batch
         if batch:
-            self.now_ns = max(self.now_ns, batch.end_ns)
+            if batch.end_ns > self.now_ns:
+                self.now_ns = batch.end_ns
             if self._host_takes_time:
                 self.now_ns += self._host.update(batch.num_reqs)
             self._take_in(batch)
@@ -385,26 +386,32 @@ class JumpLoop:
     def _launch(self, chunks: list[Chunk]) -> Batch:
         """Price the step and give it its place on the device."""
         num_decode, context, context_sq = self.num_decode, self._context, self._context_sq
-        longest = self._longest_context() if self._needs_spread else 0
-        num_prefill = tokens = prefix = pairs = tokens_sq = 0
+        longest = num_prefill = tokens = prefix = pairs = tokens_sq = 0
         for _, _, cache_len, count in chunks:
             if count > 1:
                 num_prefill += 1
                 tokens += count
                 prefix += cache_len
-                pairs += count * cache_len + count * (count + 1) // 2
-                tokens_sq += count * count
             else:
                 num_decode += 1
                 context += cache_len
-                context_sq += cache_len * cache_len
-                longest = max(longest, cache_len)
+        if self._needs_spread:
+            longest = self._longest_context()
+            for _, _, cache_len, count in chunks:
+                if count > 1:
+                    pairs += count * cache_len + count * (count + 1) // 2
+                    tokens_sq += count * count
+                else:
+                    context_sq += cache_len * cache_len
+                    longest = max(longest, cache_len)
         row = (num_decode, context, context_sq, longest, num_prefill, tokens, prefix, pairs, tokens_sq)
         duration_ns = self._pricer.step_ns(row, self.num_steps)
-        sched_ns, num_reqs, start_ns = self.now_ns, num_decode + num_prefill, self.device_free_ns
+        sched_ns = now_ns = self.now_ns
+        num_reqs, start_ns = num_decode + num_prefill, self.device_free_ns
         if self._host_takes_time:
-            self.now_ns += self._host.schedule(num_reqs)
-        start_ns = max(start_ns, self.now_ns)
+            now_ns = self.now_ns = now_ns + self._host.schedule(num_reqs)
+        if now_ns > start_ns:
+            start_ns = now_ns
         end_ns = start_ns + duration_ns
         self.device_free_ns = end_ns + self._gap_ns
         return Batch(sched_ns, start_ns, end_ns, num_reqs, chunks, [], [])
@@ -496,7 +503,8 @@ class JumpLoop:
                 return self._step()
         longest = self._longest_context() if self._needs_spread else 0
         durations = self._pricer.stretch(num_decode, context, self._context_sq, longest, most, step)
-        most = min(most, durations.num_steps)
+        if durations.num_steps < most:
+            most = durations.num_steps
         pending = self.pending
         before = self._moment() if self._log is not None else None
         if pending:
@@ -530,7 +538,8 @@ class JumpLoop:
             schedule_ns, update_ns = self._host.schedule(self.num_decode), self._host.update(self.num_decode)
             start_ns += schedule_ns
             between_ns = max(between_ns, update_ns + schedule_ns)  # from one step's end to the next one's start
-        start_ns = max(start_ns, self.device_free_ns)
+        if self.device_free_ns > start_ns:
+            start_ns = self.device_free_ns
         # With no arrival to come, the time is never reached and all steps are taken.
         until_ns = self._next_arrival_ns - update_ns - start_ns + between_ns
         count, total_ns = durations.reach(until_ns, between_ns, most)
@@ -556,8 +565,10 @@ class JumpLoop:
             ):
                 most = 1  # the host is the slower one: step by step
         else:
-            start_ns = max(start_ns, now_ns)
-            now_ns = max(now_ns, pending.end_ns)
+            if now_ns > start_ns:
+                start_ns = now_ns
+            if pending.end_ns > now_ns:
+                now_ns = pending.end_ns
         self.now_ns = now_ns
         self._take_in(pending)
         count = 1
