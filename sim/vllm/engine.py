@@ -15,7 +15,7 @@ from kvtwin.sim.vllm.block_pool import BlockPool, Pool
 from kvtwin.sim.vllm.block_tables import CountedBlocks, PooledBlocks
 from kvtwin.sim.vllm.counted_pool import CountedPool
 from kvtwin.sim.vllm.jump import JumpLoop
-from kvtwin.sim.vllm.plain import PlainLoop
+from kvtwin.sim.vllm.plain import PlainLoop, Progress
 from kvtwin.sim.vllm.request import IntArray, RequestBook
 from kvtwin.sim.vllm.scheduler import VllmScheduler
 
@@ -46,15 +46,21 @@ class Engine:
         self._pricer = VectorPricer(latency) if plain else pricer_for(latency)
         self._record_steps = record_steps
         self._log = StepLog()
+        self._progress: Progress | None = None
         self.num_steps = 0
         self.pool: Pool = CountedPool(config.num_gpu_blocks)
 
-    def run(self, requests: RequestBook) -> RequestTimes:
+    def run(self, requests: RequestBook, progress: Progress | None = None) -> RequestTimes:
         """Serve `requests` to the last token.
+
+        Args:
+            requests: the workload.
+            progress: told now and then how many requests have arrived so far.
 
         Raises:
             KvtwinError: a waiting request can never be scheduled, or preemptions undo one another for ever.
         """
+        self._progress = progress
         if self._is_plain:
             return self._run_plain(requests)
         # Nobody shares a block: only a request that comes back after a preemption can hit one, its own.
@@ -118,7 +124,17 @@ class Engine:
         log = self._log if self._record_steps else None
         waiting = plain.scheduler.waiting
         jump = JumpLoop(
-            self._config, requests, waiting, blocks, pool, self._pricer, self._host, times, log, may_preempt=may_preempt
+            self._config,
+            requests,
+            waiting,
+            blocks,
+            pool,
+            self._pricer,
+            self._host,
+            times,
+            log,
+            may_preempt=may_preempt,
+            progress=self._progress,
         )
         cuts_prompts = self._config.long_prefill_token_threshold > 0
         while True:
@@ -140,4 +156,4 @@ class Engine:
     def _plain_loop(self, requests: RequestBook, pool: Pool, times: RequestTimes) -> PlainLoop:
         log = self._log if self._record_steps else None
         scheduler = VllmScheduler(self._config, requests, pool)
-        return PlainLoop(self._config, requests, scheduler, self._pricer, self._host, times, log)
+        return PlainLoop(self._config, requests, scheduler, self._pricer, self._host, times, log, self._progress)

@@ -27,6 +27,7 @@ from kvtwin.sim.latency.pricing import Durations, Pricer
 from kvtwin.sim.recorder import UNKNOWN, RequestTimes, StepLog, StepRows
 from kvtwin.sim.vllm.block_pool import Pool
 from kvtwin.sim.vllm.block_tables import BlockTables
+from kvtwin.sim.vllm.plain import Progress
 from kvtwin.sim.vllm.queues import WaitingQueue
 from kvtwin.sim.vllm.request import RequestBook
 from kvtwin.traces.errors import KvtwinError
@@ -99,6 +100,7 @@ class JumpLoop:
         times: where the requests' time stamps go.
         log: where the steps go; None to keep none.
         may_preempt: False to return instead where somebody has to be preempted.
+        progress: told how many requests have arrived, whenever some have.
     """
 
     def __init__(
@@ -114,7 +116,9 @@ class JumpLoop:
         log: StepLog | None,
         *,
         may_preempt: bool,
+        progress: Progress | None,
     ) -> None:
+        self._progress = progress
         self._requests, self._waiting, self._blocks, self._pool = requests, waiting, blocks, pool
         self._pricer, self._host, self._times, self._log = pricer, host, times, log
         self._started = requests.started
@@ -193,7 +197,12 @@ class JumpLoop:
             if self.now_ns >= self._next_arrival_ns:
                 self._take_arrivals()
             tries = waiting and not self._head_blocked and self.num_running < max_num_seqs
-            if self.partial or tries or (asynchronous and self._pending_decides()):
+            pending = self.pending
+            if (
+                self.partial
+                or tries
+                or (asynchronous and (not pending or (pending.last_places and self._finish_may_matter())))
+            ):
                 if tries and self._cuts_prompts:
                     return False
                 if not (self.num_running or tries):
@@ -207,13 +216,10 @@ class JumpLoop:
             elif not self._wait():
                 return True
 
-    def _pending_decides(self) -> bool:
-        """Under asynchronous scheduling: whether the batch in flight keeps the next turns from being a stretch."""
-        pending = self.pending
-        if not pending:
-            return True  # the pipeline is to be filled
-        # Whoever finishes with it may make room for somebody. With a log, a finish has a row of its own.
-        return bool(pending.last_places) and (len(self._waiting) > 0 or self._log is not None or not self.num_decode)
+    def _finish_may_matter(self) -> bool:
+        """Whether a finish with the batch in flight keeps the next turns from being a stretch: it may make room for
+        somebody, and in a log it has a row of its own."""
+        return len(self._waiting) > 0 or self._log is not None or not self.num_decode
 
     def _take_arrivals(self) -> None:
         arrival_ns, queued, waiting = self._arrival_ns, self._times.queued, self._waiting
@@ -224,6 +230,8 @@ class JumpLoop:
             row += 1
         self.num_arrived = row
         self._next_arrival_ns = arrival_ns[row]
+        if self._progress is not None:
+            self._progress(row)
         if self._arrivals_overtake:
             self._head_blocked = False
 
@@ -570,7 +578,8 @@ class JumpLoop:
             if pending.end_ns > now_ns:
                 now_ns = pending.end_ns
         self.now_ns = now_ns
-        self._take_in(pending)
+        if pending.first_rows or pending.last_places or pending.rows is not None:
+            self._take_in(pending)
         count = 1
         if most > 1 and now_ns < arrival_ns:
             # The host sees an arrival when it has taken in the last step but one.

@@ -7,6 +7,7 @@ scheduling: two batches in flight, the next one scheduled before the previous on
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvtwin.sim.config import VllmConfig
@@ -18,6 +19,8 @@ from kvtwin.sim.vllm.plan import StepPlan
 from kvtwin.sim.vllm.request import RequestBook
 from kvtwin.sim.vllm.scheduler import VllmScheduler
 from kvtwin.traces.errors import KvtwinError
+
+Progress = Callable[[int], object]
 
 
 @dataclass(slots=True)
@@ -58,6 +61,7 @@ class PlainLoop:
         host: time between steps.
         times: where the requests' time stamps go.
         log: where the steps go; None to keep none.
+        progress: told how many requests have arrived, whenever some have.
     """
 
     def __init__(
@@ -69,7 +73,9 @@ class PlainLoop:
         host: HostTime,
         times: RequestTimes,
         log: StepLog | None,
+        progress: Progress | None,
     ) -> None:
+        self._progress = progress
         self._config, self._requests, self._times, self._log = config, requests, times, log
         self._pricer, self._host = pricer, host
         self.depth = 2 if config.async_scheduling else 1
@@ -104,6 +110,8 @@ class PlainLoop:
             self._times.queued[clock.num_arrived] = clock.now_ns
             self.scheduler.waiting.append(clock.num_arrived)
             clock.num_arrived += 1
+            if self._progress is not None:
+                self._progress(clock.num_arrived)
 
     def _schedule(self) -> InFlight:
         plan, clock = self.scheduler.schedule(), self.clock
