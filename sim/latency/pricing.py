@@ -3,7 +3,7 @@
 A stretch is a run of steps with the same decodes, each context one token longer than at the step before. Between
 events nothing else happens, so the sums that a latency model sees move by a closed form, and only two questions are
 left: how long do m steps take, and after how many steps has a time passed. A linear model answers both in integers
-without looking at single steps; any other model prices the stretch with one vectorised call.
+without looking at single steps; a model that has no pricer of its own prices the stretch with one vectorised call.
 
 `pricer_for(model)` gives the same nanoseconds as `model.step_ns` for every step, bit for bit (tests/contract).
 """
@@ -17,7 +17,6 @@ from typing import Protocol
 import numpy as np
 
 from kvtwin.sim.latency.base import LatencyModel
-from kvtwin.sim.latency.linear import LinearLatency
 from kvtwin.sim.latency.stats import COLUMNS, BatchStats, IntArray
 
 MAX_PRICED = 128  # most steps priced in one call: what an event cuts off was priced for nothing
@@ -155,44 +154,6 @@ class Listed:
         return self._durations_ns[:count]
 
 
-class LinearPricer:
-    """Prices of `LinearLatency`, in closed form."""
-
-    __slots__ = ("_base", "_per_context", "_per_decode", "_per_req", "_per_token", "_progression", "needs_spread")
-
-    def __init__(self, model: LinearLatency) -> None:
-        self.needs_spread = False
-        self._base, self._per_token = model.base_ns, model.per_new_token_ns
-        self._per_context, self._per_req = model.per_context_token_ns, model.per_req_ns
-        self._per_decode = model.per_new_token_ns + model.per_req_ns
-        self._progression = Progression(1, 0, 0)
-
-    def step_ns(self, row: tuple[int, ...], step: int) -> int:  # noqa: ARG002 - the contract's
-        """See `Pricer`."""
-        num_decode, context, _, _, num_prefill, tokens, prefix, _, _ = row
-        time = self._base + self._per_decode * num_decode + self._per_token * tokens + self._per_req * num_prefill
-        time += self._per_context * (context + prefix)
-        return time if time > 1 else 1
-
-    def stretch(
-        self,
-        num_decode: int,
-        context: int,
-        context_sq: int,  # noqa: ARG002 - the contract's
-        context_max: int,  # noqa: ARG002
-        most: int,
-        step: int,  # noqa: ARG002 - the contract's
-    ) -> Durations:
-        """See `Pricer`."""
-        first = self._base + self._per_decode * num_decode + self._per_context * context
-        if first >= 1:
-            durations = self._progression
-            durations.least_ns, durations.slope_ns, durations.num_steps = first, self._per_context * num_decode, most
-            return durations
-        # Free steps: every model's steps take at least 1 ns, so the first may stand out.
-        return Listed(np.maximum(self._per_context * num_decode * np.arange(min(most, MAX_PRICED)), 1))
-
-
 class VectorPricer:
     """Prices of any model: `step_ns` with one row, or with a stretch's rows."""
 
@@ -231,5 +192,6 @@ def decode_batches(first: Sequence[int], count: int) -> BatchStats:
 
 
 def pricer_for(model: LatencyModel) -> Pricer:
-    """The quickest way to price steps with `model`."""
-    return LinearPricer(model) if isinstance(model, LinearLatency) else VectorPricer(model)
+    """The quickest way to price steps with `model`: its own (`model.pricer()`), where it has one."""
+    own = getattr(model, "pricer", None)
+    return own() if own is not None else VectorPricer(model)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -50,6 +50,30 @@ def batch_row(cache_lens: Sequence[int], input_lens: Sequence[int]) -> tuple[int
             pairs += input_len * cache_len + input_len * (input_len + 1) // 2
             tokens_sq += input_len * input_len
     return num_decode, decode, decode_sq, decode_max, num_prefill, tokens, context, pairs, tokens_sq
+
+
+class BatchRow(NamedTuple):
+    """Statistics of one batch as plain integers, named as `COLUMNS`."""
+
+    num_decode: int
+    decode_context: int
+    decode_context_sq: int
+    decode_context_max: int
+    num_prefill: int
+    prefill_tokens: int
+    prefill_context: int
+    prefill_pairs: int
+    prefill_tokens_sq: int
+
+    @property
+    def num_reqs(self) -> int:
+        """Members."""
+        return self.num_decode + self.num_prefill
+
+    @property
+    def num_tokens(self) -> int:
+        """New tokens."""
+        return self.num_decode + self.prefill_tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from kvtwin.sim.config import VllmConfig
 from kvtwin.sim.latency.host import HostTime
 from kvtwin.sim.latency.linear import LinearLatency
+from kvtwin.sim.latency.regression import RegressionLatency
 from kvtwin.sim.simulate import build_requests, simulate
 from kvtwin.sim.vllm.array_pool import ArrayPool
 from kvtwin.sim.vllm.block_pool import BlockPool
@@ -27,9 +28,27 @@ sys.path.insert(0, str(Path(__file__).parent))
 from workloads import configs, workloads  # type: ignore[import-not-found]  # beside this file
 
 LATENCY = LinearLatency(1_000_000, 20_000, 50, 10_000)
+# Priced with every member's share: the longest context, pairs of a chunk, a kink in the tokens.
+REGRESSION = RegressionLatency(
+    {
+        "step": 1e6 + 0.37,
+        "num_tokens": 2.1e4,
+        "decode_context": 51.3,
+        "decode_context_max": 77.7,
+        "prefill_pairs": 3.3,
+        "tokens_over_64": 1234.5,
+    }
+)
 # KVTWIN_EXAMPLES=5000 for a longer search.
 MANY = int(os.environ.get("KVTWIN_EXAMPLES", "400"))
-HOSTS = st.sampled_from([HostTime(), HostTime(200_000, 10_000, 100_000, 5_000, 30_000)])
+HOSTS = st.sampled_from(
+    [
+        HostTime(),
+        HostTime(gap_ns=50_000),
+        HostTime(200_000, 10_000, 100_000, 5_000, 30_000),
+        HostTime(schedule_ns=3_000_000, update_ns=1_000_000),  # slower than the device
+    ]
+)
 
 
 def run_or_stuck(workload: Run, config: VllmConfig, host: HostTime) -> Run | None:
@@ -142,15 +161,15 @@ def test_the_same_inputs_give_the_same_run(data: st.DataObject) -> None:
 def test_jumps_equal_the_plain_path_bit_for_bit(data: st.DataObject) -> None:
     config = data.draw(configs())
     workload = data.draw(workloads(config.max_model_len))
-    host = data.draw(HOSTS)
+    host, latency = data.draw(HOSTS), data.draw(st.sampled_from([LATENCY, REGRESSION]))
     try:
-        plain = simulate(workload, config, LATENCY, host, plain=True)
+        plain = simulate(workload, config, latency, host, plain=True)
     except KvtwinError:
         return
-    jumped = simulate(workload, config, LATENCY, host)
+    jumped = simulate(workload, config, latency, host)
     assert jumped.requests.equals(plain.requests)
     assert jumped.steps.equals(plain.steps)
-    unrecorded = simulate(workload, config, LATENCY, host, record_steps=False)
+    unrecorded = simulate(workload, config, latency, host, record_steps=False)
     assert unrecorded.requests.equals(plain.requests)
     for run in (jumped, unrecorded):
         assert run.info.metrics["num_steps"] == plain.info.metrics["num_steps"]

@@ -46,6 +46,9 @@ def workloads(draw: st.DrawFn, max_model_len: int) -> Run:
     mean_gap_ns = draw(st.sampled_from([0, 1_000_000, 30_000_000]))
     inputs = rng.integers(1, max_model_len - 2, count)
     outputs = np.array([rng.integers(1, max_model_len - length + 1) for length in inputs])
+    if draw(st.booleans()):  # short prompts: long decodes, and with them preemptions
+        inputs = np.minimum(inputs, 20)
+        outputs = np.array([rng.integers(1, max_model_len - length + 1) for length in inputs])
     columns: dict[str, Any] = {
         "request_id": [f"r{row}" for row in range(count)],
         "arrival_ns": np.cumsum(rng.integers(0, 2 * mean_gap_ns + 1, count)),
@@ -57,5 +60,8 @@ def workloads(draw: st.DrawFn, max_model_len: int) -> Run:
             for length in inputs.tolist()
         ],
     }
+    shared = draw(st.booleans())
+    if not shared:
+        del columns["block_hashes"]
     table = from_columns("requests", columns, "a random workload")
-    return Run(RunInfo("workload", hash_block_tokens=HASH_BLOCK_TOKENS), {"requests": table})
+    return Run(RunInfo("workload", hash_block_tokens=HASH_BLOCK_TOKENS if shared else None), {"requests": table})
