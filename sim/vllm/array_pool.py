@@ -18,7 +18,8 @@ import numpy.typing as npt
 IntArray = npt.NDArray[np.int64]
 
 NO_KEY = -1  # the block's content is in no map
-OWN = -2  # output of one request: cached, but found through `_own_key` if at all
+OWN = -2  # output of one request, which will not come back: cached, and never looked up
+OWN_LISTED = -3  # the same of one that may come back: `_own_key` knows which key
 _HOLE = -1
 
 
@@ -49,11 +50,12 @@ class ArrayPool:
         self.num_evicted = 0
         self._ref_count = np.zeros(num_gpu_blocks, dtype=np.int64)
         self._key = np.full(num_gpu_blocks, NO_KEY, dtype=np.int64)
-        # A key's first copy; the last two slots stand for NO_KEY and OWN and always hold no block.
-        self._block_of = np.full(num_shared_keys + 2, _HOLE, dtype=np.int64)
+        # A key's first copy; the last three slots stand for the marks above and always hold no block.
+        self._block_of = np.full(num_shared_keys + 3, _HOLE, dtype=np.int64)
         # Keys with several copies, and all own keys in use: their blocks in the order in which they were cached.
         self._copies: dict[int, dict[int, None]] = {}
-        self._is_multiple = np.zeros(num_shared_keys + 2, dtype=np.bool_)
+        self._is_in_copies = np.zeros(num_shared_keys + 3, dtype=np.bool_)
+        self._is_in_copies[OWN_LISTED] = True
         self._own_key: dict[int, int] = {}  # block -> own key
         # The free queue: _queue[_head:_tail], with holes.
         self._num_holes = 0
@@ -152,31 +154,29 @@ class ArrayPool:
             block = int(queue[head])
         self._head = head + 1
         key = int(self._key[block])
-        if key >= 0 and not self._copies:
+        if key != NO_KEY:
             self.num_evicted += 1
             self._block_of[key] = _HOLE
             self._key[block] = NO_KEY
-        elif key != NO_KEY:
-            self._forget(queue[head : head + 1], self._key[block : block + 1].copy())
+            if self._is_in_copies[key]:
+                self._forget_copy(block, key)
         self._ref_count[block] = 1
         return block
 
     def _forget(self, blocks: IntArray, keys: IntArray) -> None:
         """These blocks' contents leave the map."""
         self.num_evicted += len(keys) - int(np.count_nonzero(keys == NO_KEY)) if self._counts_evicted else 0
-        several = self._is_multiple[keys] if self._copies else None
         self._block_of[keys] = _HOLE
         self._key[blocks] = NO_KEY
-        if several is not None:
-            for block, key in zip(blocks[several].tolist(), keys[several].tolist(), strict=True):
-                self._forget_copy(block, key)
-        if self._own_key:
-            for block in blocks[keys == OWN].tolist():
-                own = self._own_key.pop(block, None)
-                if own is not None:
-                    self._forget_copy(block, own)
+        if self._copies:
+            several = self._is_in_copies[keys]
+            if np.count_nonzero(several):
+                for block, key in zip(blocks[several].tolist(), keys[several].tolist(), strict=True):
+                    self._forget_copy(block, key)
 
     def _forget_copy(self, block: int, key: int) -> None:
+        if key == OWN_LISTED:
+            key = self._own_key.pop(block)
         copies = self._copies[key]
         del copies[block]
         shared = key < self._num_shared_keys
@@ -185,7 +185,7 @@ class ArrayPool:
         if not copies:
             del self._copies[key]
             if shared:
-                self._is_multiple[key] = False
+                self._is_in_copies[key] = False
 
     def cache(self, blocks: IntArray, keys: IntArray) -> None:
         """Enter full blocks into the prefix cache under their keys, which ascend from shared to own ones."""
@@ -198,13 +198,13 @@ class ArrayPool:
         if np.count_nonzero(known):
             for block, key in zip(blocks[known].tolist(), keys[known].tolist(), strict=True):
                 self._copies.setdefault(key, {int(self._block_of[key]): None})[block] = None
-                self._is_multiple[key] = True
+                self._is_in_copies[key] = True
             blocks, keys = blocks[~known], keys[~known]
         self._block_of[keys] = blocks
 
     def _cache_own(self, blocks: IntArray, keys: IntArray) -> None:
         for block, key in zip(blocks.tolist(), keys.tolist(), strict=True):
-            self._key[block] = OWN
+            self._key[block] = OWN_LISTED
             self._own_key[block] = key
             self._copies.setdefault(key, {})[block] = None
 
