@@ -9,84 +9,29 @@ token each at every step. Nobody is looked at then:
 - the same closed form says after which step the next arrival is seen.
 
 `PlainLoop` is the specification: both give the same run bit for bit, whatever the workload (tests/property). What is
-rare is left to it: `run` returns, and `handover.py` carries the state over, when a step would preempt, when prompts
-are cut by `long_prefill_token_threshold`, or when the batch is larger than the token budget.
+rare is left to it: `run` returns, and `handover.py` carries the state over, when a step would preempt under the
+priority policy, when prompts are cut by `long_prefill_token_threshold`, or when the batch fills the token budget.
 """
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from heapq import heapify, heappop, heappush
-from typing import NamedTuple
-
 from kvtwin.sim.config import VllmConfig
 from kvtwin.sim.latency.host import HostTime
 from kvtwin.sim.latency.pricing import Durations, Pricer
-from kvtwin.sim.recorder import UNKNOWN, RequestTimes, StepLog, StepRows
+from kvtwin.sim.recorder import UNKNOWN, RequestTimes, StepLog
 from kvtwin.sim.vllm.block_pool import Pool
 from kvtwin.sim.vllm.block_tables import BlockTables
+from kvtwin.sim.vllm.jump_log import JumpLog
 from kvtwin.sim.vllm.plain import Progress
 from kvtwin.sim.vllm.queues import WaitingQueue
 from kvtwin.sim.vllm.request import RequestBook
+from kvtwin.sim.vllm.running import PLACE_BITS, PLACE_MASK, Batch, Chunk, Partial, Ready, Running
 from kvtwin.traces.errors import KvtwinError
 
-_NEVER_NS = 1 << 62
-_PLACE_BITS = 40  # of a heap key: the request's place in the order of admission
-_PLACE_MASK = (1 << _PLACE_BITS) - 1
-
-# Plain tuples, because millions are made. A prompt chunk in a batch: place, row, cache_len, new tokens.
-Chunk = tuple[int, int, int, int]
-# A request whose prompt a step completes: place, row, prompt length, output tokens still to sample.
-Ready = tuple[int, int, int, int]
+NEVER_NS = 1 << 62
 
 
-@dataclass(slots=True)
-class Partial:
-    """The running request whose prompt is not computed yet; there is never more than one, the last one admitted."""
-
-    place: int
-    row: int
-    num_computed: int
-    num_tokens: int  # to compute before its next token is sampled
-    num_left: int  # output tokens still to sample
-
-
-@dataclass(slots=True)
-class Batch:
-    """A scheduled batch whose tokens have not been taken in yet.
-
-    Attributes:
-        first_rows: requests whose prompt it completes.
-        last_places: places of the requests whose last token it samples, in the order of the running list.
-        chunks: its prompt chunks.
-        rows: what the log will hold of it; None if nothing is recorded.
-    """
-
-    sched_ns: int
-    start_ns: int
-    end_ns: int
-    num_reqs: int
-    chunks: list[Chunk]
-    first_rows: list[int]
-    last_places: list[int]
-    rows: StepRows | None = None
-
-    def chunk_of(self, place: int) -> Chunk | None:
-        """The prompt chunk of the request at `place`, if it has one in the batch."""
-        return next((chunk for chunk in self.chunks if chunk[0] == place), None)
-
-
-class _Moment(NamedTuple):
-    """The clock before a stretch; `in_flight`: end and size of the batch in flight."""
-
-    now_ns: int
-    device_free_ns: int
-    in_flight: tuple[int, int] | None
-
-
-class JumpLoop:
+class JumpLoop(Running):
     """Serves requests from event to event, until all is served or something rare comes up.
 
     Args:
@@ -118,11 +63,11 @@ class JumpLoop:
         may_preempt: bool,
         progress: Progress | None,
     ) -> None:
-        self._progress = progress
-        self._requests, self._waiting, self._blocks, self._pool = requests, waiting, blocks, pool
-        self._pricer, self._host, self._times, self._log = pricer, host, times, log
+        super().__init__(blocks, needs_spread=pricer.needs_spread)
+        self._requests, self._waiting, self._pool = requests, waiting, pool
+        self._pricer, self._host, self._times, self._progress = pricer, host, times, progress
+        self._log = JumpLog(log, self, waiting, blocks, pool, host) if log is not None else None
         self._started = requests.started
-        self._needs_spread = pricer.needs_spread
         self._host_takes_time, self._gap_ns = host.takes_time, host.gap_ns
         self._block_size = config.block_size
         self._preempts_last = may_preempt and config.policy == "fcfs"
@@ -131,46 +76,10 @@ class JumpLoop:
         self._asynchronous = config.async_scheduling
         self._max_num_seqs, self._max_tokens = config.max_num_seqs, config.max_num_batched_tokens
         self._cuts_prompts = config.long_prefill_token_threshold > 0
-        self.now_ns = self.device_free_ns = self.num_steps = self.num_arrived = 0
-        self._arrival_ns = [*requests.arrival_ns, _NEVER_NS]
+        self.num_arrived = 0
+        self._arrival_ns = [*requests.arrival_ns, NEVER_NS]
         self._next_arrival_ns = self._arrival_ns[0]
-        # Running requests, by place: the n-th admission has place n.
-        self.row_at = array("q")
-        self.base_at = array("q")
-        self.ends: list[int] = []  # decodes: heap of (step of the last token) << _PLACE_BITS | place
-        self.partial: Partial | None = None
-        self.pending: Batch | None = None  # asynchronous scheduling: the batch in flight
-        self.num_running = 0
-        # Sums over the decodes of the next step.
-        self.num_decode = self._context = self._context_sq = 0
-        self._longest: list[int] = []  # heap of -base << _PLACE_BITS | place; left ones are dropped when seen
-        self._left: set[int] = set()
         self._head_blocked = False  # the head of the waiting queue did not fit, and nothing was freed since
-
-    # --- state, for handover.py ------------------------------------------------------------------------------------
-
-    def running_places(self) -> list[int]:
-        """Places of the running requests, in the order of the running list."""
-        places = [key & _PLACE_MASK for key in self.ends]
-        if self.pending:
-            places += self.pending.last_places
-        if self.partial:
-            places.append(self.partial.place)
-        return sorted(places)
-
-    def num_steps_left(self, place: int) -> int:
-        """Steps that a decode still has to be scheduled for."""
-        end = next((key >> _PLACE_BITS for key in self.ends if key & _PLACE_MASK == place), self.num_steps - 1)
-        return end - self.num_steps + 1
-
-    def clear(self) -> None:
-        """Nobody runs any more: the plain loop has taken over."""
-        for key in self.ends:
-            place = key & _PLACE_MASK
-            self._blocks.leave(self.row_at[place], self.base_at[place])
-        self.ends, self._longest, self._left = [], [], set()
-        self.partial = self.pending = None
-        self.num_running = self.num_decode = self._context = self._context_sq = 0
 
     def resume(self, now_ns: int, device_free_ns: int, num_steps: int, num_arrived: int) -> None:
         """Set the clock to where the plain loop stopped."""
@@ -178,13 +87,6 @@ class JumpLoop:
         self.num_steps, self.num_arrived = num_steps, num_arrived
         self._next_arrival_ns = self._arrival_ns[num_arrived]
         self._head_blocked = False
-
-    def take_place(self, row: int) -> int:
-        """The next place in the running list."""
-        self.row_at.append(row)
-        self.base_at.append(0)
-        self.num_running += 1
-        return len(self.row_at) - 1
 
     def run(self) -> bool:
         """True when everything is served; False when the plain loop must take the next step.
@@ -237,7 +139,7 @@ class JumpLoop:
 
     def _wait(self) -> bool:
         """Nothing can run: move the clock to the next arrival; False when everything is done."""
-        if self._next_arrival_ns == _NEVER_NS:
+        if self._next_arrival_ns == NEVER_NS:
             if self._waiting:
                 raise KvtwinError("waiting requests can never be scheduled: the KV cache is too small for them")
             return False
@@ -272,7 +174,7 @@ class JumpLoop:
         if num_decode or chunks:
             batch = self._launch(chunks)
             if self._log is not None:
-                batch.rows = self._rows(batch, self._pool.num_evicted - num_evicted, preempted)
+                batch.rows = self._log.rows(batch, self._pool.num_evicted - num_evicted, preempted)
             self._advance(batch, ready)
         if self._asynchronous:
             batch, self.pending = self.pending, batch
@@ -298,7 +200,7 @@ class JumpLoop:
 
         The blocks of the partial prompt are only made sure of.
         """
-        places, preempted = sorted(key & _PLACE_MASK for key in self.ends), []
+        places, preempted = sorted(key & PLACE_MASK for key in self.ends), []
         index = 0
         while index < len(places):
             place = places[index]
@@ -332,7 +234,7 @@ class JumpLoop:
             num_computed = self.base_at[place] + self.num_steps
             num_known = num_computed - 1 if self.pending and in_flight is None else num_computed
             num_left = self.num_steps_left(place)
-            self._drop_decode(place, num_computed)
+            self.drop(place, num_computed)
         blocks, _ = self._blocks.unload(row, num_computed, num_known)
         self._pool.free(blocks)
         request.put_back(request.max_tokens - num_left)
@@ -341,16 +243,6 @@ class JumpLoop:
         self.num_running -= 1
         self._head_blocked = False
         return row
-
-    def _drop_decode(self, place: int, cache_len: int) -> None:
-        self.ends = [key for key in self.ends if key & _PLACE_MASK != place]
-        heapify(self.ends)
-        self.num_decode -= 1
-        self._context -= cache_len
-        self._blocks.leave(self.row_at[place], self.base_at[place])
-        if self._needs_spread:
-            self._context_sq -= cache_len * cache_len
-            self._left.add(place)
 
     def _continue(self, partial: Partial, chunk: int, chunks: list[Chunk], ready: list[Ready]) -> None:
         self._blocks.extend(partial.row, partial.num_computed, chunk)
@@ -393,7 +285,7 @@ class JumpLoop:
 
     def _launch(self, chunks: list[Chunk]) -> Batch:
         """Price the step and give it its place on the device."""
-        num_decode, context, context_sq = self.num_decode, self._context, self._context_sq
+        num_decode, context, context_sq = self.num_decode, self.context, self.context_sq
         longest = num_prefill = tokens = prefix = pairs = tokens_sq = 0
         for _, _, cache_len, count in chunks:
             if count > 1:
@@ -404,7 +296,7 @@ class JumpLoop:
                 num_decode += 1
                 context += cache_len
         if self._needs_spread:
-            longest = self._longest_context()
+            longest = self.longest_context()
             for _, _, cache_len, count in chunks:
                 if count > 1:
                     pairs += count * cache_len + count * (count + 1) // 2
@@ -424,22 +316,16 @@ class JumpLoop:
         self.device_free_ns = end_ns + self._gap_ns
         return Batch(sched_ns, start_ns, end_ns, num_reqs, chunks, [], [])
 
-    def _longest_context(self) -> int:
-        """Largest cache_len among the decodes of the next step."""
-        heap, left = self._longest, self._left
-        while heap and heap[0] & _PLACE_MASK in left:
-            left.discard(heappop(heap) & _PLACE_MASK)
-        return self.num_steps - (heap[0] >> _PLACE_BITS) if heap else 0
-
     def _advance(self, batch: Batch, ready: list[Ready]) -> None:
         """Every decode is one token further; those at their end leave the decodes, those with a prompt done join."""
         step, ends = self.num_steps, self.ends
         if self._needs_spread:
-            self._context_sq += 2 * self._context + self.num_decode
-        self._context += self.num_decode
+            self.context_sq += 2 * self.context + self.num_decode
+        self.context += self.num_decode
         self.num_steps = step + 1
-        if ends and ends[0] >> _PLACE_BITS == step:
-            batch.last_places = self._leave(step)
+        if ends and ends[0] >> PLACE_BITS == step:
+            batch.last_places = self.leave(step)
+            self._head_blocked = False  # a smaller batch leaves more of the budget
         for place, row, num_tokens, num_left in ready:
             batch.first_rows.append(row)
             if num_left == 1:
@@ -448,39 +334,10 @@ class JumpLoop:
             else:
                 self.join(place, row, num_tokens - step - 1, step + num_left - 1)
 
-    def join(self, place: int, row: int, base: int, end: int) -> None:
-        """A request decodes from the next step on, to the step `end`."""
-        self.base_at[place] = base
-        heappush(self.ends, end << _PLACE_BITS | place)
-        cache_len = base + self.num_steps
-        self.num_decode += 1
-        self._context += cache_len
-        self._blocks.join(row, base)
-        if self._needs_spread:
-            self._context_sq += cache_len * cache_len
-            heappush(self._longest, -base << _PLACE_BITS | place)
-
-    def _leave(self, step: int) -> list[int]:
-        """Those whose last token the step samples leave the decodes; their places, in order."""
-        ends, places = self.ends, []
-        while ends and ends[0] >> _PLACE_BITS == step:
-            place = heappop(ends) & _PLACE_MASK
-            base = self.base_at[place]
-            cache_len = base + self.num_steps
-            self.num_decode -= 1
-            self._context -= cache_len
-            self._blocks.leave(self.row_at[place], base)
-            if self._needs_spread:
-                self._context_sq -= cache_len * cache_len
-                self._left.add(place)
-            places.append(place)
-        self._head_blocked = False  # a smaller batch leaves more of the budget
-        return places
-
     def _take_in(self, batch: Batch) -> None:
         """A batch's tokens are known, at this time of the clock."""
-        if batch.rows is not None:
-            self._write(batch, batch.rows)
+        if batch.rows is not None and self._log is not None:
+            self._log.write(batch, batch.rows)
         first_token, now_ns = self._times.first_token, self.now_ns
         for row in batch.first_rows:
             if first_token[row] == UNKNOWN:
@@ -503,18 +360,18 @@ class JumpLoop:
     def _stretch(self) -> bool:
         """Decode until somebody is at the end, blocks run short, or an arrival is seen; False if a request would be
         preempted at once."""
-        step, num_decode, context = self.num_steps, self.num_decode, self._context
-        most = (self.ends[0] >> _PLACE_BITS) - step + 1
+        step, num_decode, context = self.num_steps, self.num_decode, self.context
+        most = (self.ends[0] >> PLACE_BITS) - step + 1
         if num_decode * (most // self._block_size + 1) > self._pool.num_free:
             most = self._blocks.num_steps_that_fit(step, num_decode, most)
             if not most:
                 return self._step()
-        longest = self._longest_context() if self._needs_spread else 0
-        durations = self._pricer.stretch(num_decode, context, self._context_sq, longest, most, step)
+        longest = self.longest_context() if self._needs_spread else 0
+        durations = self._pricer.stretch(num_decode, context, self.context_sq, longest, most, step)
         if durations.num_steps < most:
             most = durations.num_steps
         pending = self.pending
-        before = self._moment() if self._log is not None else None
+        before = self._log.moment() if self._log is not None else None
         if pending:
             grown = 1 if pending.last_places else 0
             if grown:  # the first step takes its blocks before those of the finished are free
@@ -522,17 +379,18 @@ class JumpLoop:
             count = self._run_overlapped(durations, most, pending)
         else:
             grown, count = 0, self._run_clock(durations, most)
-        if before is not None:
-            self._log_stretch(durations.list_ns(count).tolist(), before)
+        if before is not None and self._log is not None:
+            self._log.stretch(durations.list_ns(count).tolist(), before)
         elif count > grown:
             self._blocks.grow(step + grown, count - grown, num_decode)
         if self._needs_spread:
-            self._context_sq += count * (2 * context + count * num_decode)
-        self._context = context + count * num_decode
+            self.context_sq += count * (2 * context + count * num_decode)
+        self.context = context + count * num_decode
         self.num_steps = step + count
         last_step = step + count - 1
-        if self.ends[0] >> _PLACE_BITS == last_step:
-            places = self._leave(last_step)
+        if self.ends[0] >> PLACE_BITS == last_step:
+            places = self.leave(last_step)
+            self._head_blocked = False  # a smaller batch leaves more of the budget
             if self.pending:
                 self.pending.last_places = places
             else:
@@ -593,74 +451,3 @@ class JumpLoop:
         pending.start_ns, pending.end_ns, pending.num_reqs = start_ns, end_ns, num_decode
         pending.chunks, pending.first_rows, pending.last_places = [], [], []
         return count
-
-    # --- the log ---------------------------------------------------------------------------------------------------
-
-    def _rows(self, batch: Batch, num_evicted: int, preempted: Sequence[int] = ()) -> StepRows:
-        """What the log will hold of a step; called after schedule() and before the decodes move on."""
-        places = sorted(key & _PLACE_MASK for key in self.ends)
-        return StepRows(
-            requests=[self.row_at[place] for place in places] + [row for _, row, _, _ in batch.chunks],
-            cache_lens=[self.base_at[place] + self.num_steps for place in places]
-            + [cache_len for _, _, cache_len, _ in batch.chunks],
-            input_lens=[1] * len(places) + [num_tokens for _, _, _, num_tokens in batch.chunks],
-            preempted=preempted,
-            finished=(),
-            num_waiting=len(self._waiting),
-            num_running=self.num_running,
-            num_free_blocks=[self._pool.num_free],
-            num_evicted_blocks=[num_evicted],
-            times_ns=[(batch.sched_ns, batch.start_ns, batch.end_ns, UNKNOWN)],
-        )
-
-    def _write(self, batch: Batch, rows: StepRows) -> None:
-        assert self._log is not None
-        finished = [self.row_at[place] for place in batch.last_places]
-        times_ns = [(batch.sched_ns, batch.start_ns, batch.end_ns, self.now_ns)]
-        self._log.add(replace(rows, finished=finished, times_ns=times_ns))
-
-    def _moment(self) -> _Moment:
-        pending = self.pending
-        in_flight = (pending.end_ns, pending.num_reqs) if pending else None
-        return _Moment(self.now_ns, self.device_free_ns, in_flight)
-
-    def _log_stretch(self, durations_ns: list[int], before: _Moment) -> None:
-        """Log a stretch and give its steps their blocks, one by one. The clock has moved on since `before`."""
-        assert self._log is not None
-        host, num_decode = self._host, self.num_decode
-        now_ns, free_ns = before.now_ns, before.device_free_ns
-        oldest_end_ns, num_oldest = before.in_flight or (None, num_decode)
-        times_ns, known_ns, free, evicted = [], [], [], []
-        first = self._rows(Batch(0, 0, 0, num_decode, [], [], []), 0)
-        for ahead, duration_ns in enumerate(durations_ns):
-            num_evicted = self._pool.num_evicted
-            self._blocks.grow(self.num_steps + ahead, 1, num_decode)
-            free.append(self._pool.num_free)
-            evicted.append(self._pool.num_evicted - num_evicted)
-            sched_ns = now_ns
-            now_ns += host.schedule(num_decode)
-            start_ns = max(now_ns, free_ns)
-            end_ns = start_ns + duration_ns
-            free_ns = end_ns + host.gap_ns
-            now_ns = max(now_ns, end_ns if oldest_end_ns is None else oldest_end_ns) + host.update(num_oldest)
-            oldest_end_ns, num_oldest = (None if oldest_end_ns is None else end_ns), num_decode
-            times_ns.append((sched_ns, start_ns, end_ns))
-            known_ns.append(now_ns)
-        assert (now_ns, free_ns) == (self.now_ns, self.device_free_ns)
-        if before.in_flight:  # each step is known a turn later
-            known_ns = [*known_ns[1:], UNKNOWN]
-        stamps = [(*times, known) for times, known in zip(times_ns, known_ns, strict=True)]
-        self._write_stretch(replace(first, num_free_blocks=free, num_evicted_blocks=evicted, times_ns=stamps))
-
-    def _write_stretch(self, rows: StepRows) -> None:
-        """The last step by itself: it may finish requests, and under asynchronous scheduling it is still in flight."""
-        assert self._log is not None
-        count, last = len(rows.times_ns), rows.last()
-        if count > 1:
-            self._log.add(rows.head(count - 1))
-        if self.pending:
-            self.pending.rows, self.pending.sched_ns = last, last.times_ns[0][0]
-            return
-        last_step = self.num_steps + count - 1
-        places = sorted(key & _PLACE_MASK for key in self.ends if key >> _PLACE_BITS == last_step)
-        self._log.add(replace(last, finished=[self.row_at[place] for place in places]))
