@@ -15,6 +15,7 @@ length that gives one chunk of P tokens as many (query, key) pairs as the step's
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,8 @@ from typing import Any
 import numpy as np
 
 from kvtwin.sim.latency.grid import FloatArray, Grid
-from kvtwin.sim.latency.stats import BatchStats, IntArray
+from kvtwin.sim.latency.pricing import Durations, OnDemand, Pricer
+from kvtwin.sim.latency.stats import BatchRow, BatchStats, IntArray
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,10 @@ class ComposedLatency:
         )
         return np.maximum(slope, 0.0) * excess
 
+    def pricer(self) -> Pricer:
+        """See `pricing.pricer_for`."""
+        return ComposedPricer(self)
+
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ComposedLatency:
         """Read `to_json`'s output. Raises KeyError, TypeError or ValueError on anything else."""
@@ -111,6 +117,71 @@ class ComposedLatency:
         data["tokens"] = {name: _grid_json(grid) for name, grid in self.tokens.items()}
         data.update({key: _grid_json(value) for key, value in vars(self).items() if isinstance(value, Grid)})
         return data
+
+
+class ComposedPricer:
+    """Prices of `ComposedLatency` for one batch at a time, in plain floats: the same sums in the same order."""
+
+    needs_spread = True
+
+    def __init__(self, model: ComposedLatency) -> None:
+        self._model = model
+        self._gaps_us = model.num_kernels * model.launch_gap_us
+
+    def step_ns(self, row: tuple[int, ...], step: int) -> int:  # noqa: ARG002 - the contract's
+        """See `Pricer`."""
+        batch = BatchRow(*row)
+        return self._total_ns(self._before_attention_us(batch), self._attention_us(batch))
+
+    def stretch(
+        self,
+        num_decode: int,
+        context: int,
+        context_sq: int,
+        context_max: int,
+        most: int,
+        step: int,  # noqa: ARG002 - the contract's
+    ) -> Durations:
+        """See `Pricer`."""
+        first = (num_decode, context, context_sq, context_max)
+        before_us = self._before_attention_us(BatchRow(*first, 0, 0, 0, 0, 0))
+
+        def price_one(ahead: int) -> int:
+            squares = context_sq + (2 * context + num_decode * ahead) * ahead
+            batch = BatchRow(num_decode, context + num_decode * ahead, squares, context_max + ahead, 0, 0, 0, 0, 0)
+            return self._total_ns(before_us, self._attention_us(batch))
+
+        # Measured tables need not grow everywhere.
+        return OnDemand(self._model, first, price_one, most, grows=False)
+
+    def _before_attention_us(self, batch: BatchRow) -> float:
+        time_us = 0.0
+        for grid in self._model.tokens.values():
+            time_us += grid.at(batch.num_tokens)
+        return time_us + self._model.sequences.at(batch.num_reqs)
+
+    def _total_ns(self, before_attention_us: float, attention_us: float) -> int:
+        time_us = before_attention_us + self._model.num_layers * attention_us + self._gaps_us
+        return max(round(time_us * 1e3), 1)
+
+    def _attention_us(self, batch: BatchRow) -> float:
+        model, decodes = self._model, batch.num_decode
+        mean = batch.decode_context / max(decodes, 1)
+        if batch.num_prefill:
+            chunk: float = batch.prefill_tokens
+            prefix = max(batch.prefill_pairs - batch.prefill_tokens * (batch.prefill_tokens + 1) // 2, 0) / chunk
+            chunk = max(chunk, model.prefill.axes[0].item(0))
+            time_us = model.prefill.at(chunk, prefix) + model.increment.at(chunk, prefix, decodes, mean)
+            slopes = model.unevenness_mixed
+        else:
+            time_us = model.decode.at(decodes, mean)
+            slopes = model.unevenness_decode
+        excess = batch.decode_context_max - mean
+        variance = batch.decode_context_sq / max(decodes, 1) - mean * mean
+        share = math.sqrt(max(variance, 0.0)) / max(excess, 1.0)
+        (num_low, num_high), (share_low, share_high) = ((axis.item(0), axis.item(-1)) for axis in slopes.axes)
+        slope = slopes.at(min(max(float(decodes), num_low), num_high), min(max(share, share_low), share_high))
+        return max(time_us + max(slope, 0.0) * excess, 0.0)
 
 
 def _clamped(grid: Grid, *coordinates: FloatArray | IntArray) -> FloatArray:

@@ -7,6 +7,8 @@ powers are not, so a simulation gives the same bytes on any machine.
 from __future__ import annotations
 
 import itertools
+import math
+from bisect import bisect_right
 from collections.abc import Sequence
 
 import numpy as np
@@ -38,6 +40,9 @@ class Grid:
             raise ValueError("every axis must be strictly increasing and not empty")
         if not np.all(np.isfinite(self.values)):
             raise ValueError("every value must be finite")
+        strides = [math.prod(self.values.shape[place + 1 :]) for place in range(len(self.axes))]
+        self._flat_axes = [(axis.tolist(), stride) for axis, stride in zip(self.axes, strides, strict=True)]
+        self._flat_values: list[float] = self.values.ravel().tolist()
 
     def __call__(self, *coordinates: FloatArray | npt.NDArray[np.int64]) -> FloatArray:
         """Interpolate at n points; one array of shape (n,) per dimension."""
@@ -53,6 +58,25 @@ class Grid:
         result = np.zeros(len(coordinates[0]))
         for corner in itertools.product((0, 1), repeat=len(self.axes)):
             result += self._corner(corner, cells, weights)
+        return result
+
+    def at(self, *coordinates: float) -> float:
+        """Interpolate at one point: what a call gives, bit for bit, many times quicker."""
+        corners = [(1.0, 0)]  # weight and place in the flat values, in the order of __call__
+        for (axis, stride), coordinate in zip(self._flat_axes, coordinates, strict=True):
+            if len(axis) == 1:
+                continue
+            cell = min(max(bisect_right(axis, coordinate) - 1, 0), len(axis) - 2)
+            share = (coordinate - axis[cell]) / (axis[cell + 1] - axis[cell])
+            low, rest = cell * stride, 1.0 - share
+            corners = [
+                side
+                for weight, place in corners
+                for side in ((weight * rest, place + low), (weight * share, place + low + stride))
+            ]
+        values, result = self._flat_values, 0.0
+        for weight, place in corners:
+            result += weight * values[place]
         return result
 
     def _corner(

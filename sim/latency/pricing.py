@@ -10,7 +10,7 @@ without looking at single steps; a model that has no pricer of its own prices th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import sqrt
 from typing import Protocol
 
@@ -19,6 +19,7 @@ import numpy as np
 from kvtwin.sim.latency.base import LatencyModel
 from kvtwin.sim.latency.stats import COLUMNS, BatchStats, IntArray
 
+_FEW = 32  # so many steps are quicker priced one by one
 MAX_PRICED = 128  # most steps priced in one call: what an event cuts off was priced for nothing
 
 
@@ -152,6 +153,74 @@ class Listed:
     def list_ns(self, count: int) -> IntArray:
         """See `Durations`."""
         return self._durations_ns[:count]
+
+
+class OnDemand:
+    """Durations priced as far as they are asked for: the first few one by one, then many in a vectorised call.
+
+    Args:
+        model: prices many.
+        first: num_decode, decode_context, decode_context_sq and decode_context_max of the first step.
+        price_one: duration of the step so many after the first; the same as the model's, bit for bit.
+        num_steps: steps that may be asked for.
+        grows: no step is quicker than the one before.
+    """
+
+    __slots__ = ("_first", "_grows", "_known_ns", "_model", "_price_one", "num_steps")
+
+    def __init__(
+        self,
+        model: LatencyModel,
+        first: tuple[int, int, int, int],
+        price_one: Callable[[int], int],
+        num_steps: int,
+        *,
+        grows: bool,
+    ) -> None:
+        self._grows = grows
+        self._model, self._first, self._price_one, self.num_steps = model, first, price_one, num_steps
+        self._known_ns: list[int] = []
+
+    @property
+    def least_ns(self) -> int:
+        """See `Durations`."""
+        return self.last_ns(1) if self._grows else 1
+
+    def _price(self, count: int) -> list[int]:
+        known = self._known_ns
+        while len(known) < min(count, _FEW):
+            known.append(self._price_one(len(known)))
+        while len(known) < count:
+            ahead = len(known)
+            num_decode, context, context_sq, context_max = self._first
+            context_sq += (2 * context + num_decode * ahead) * ahead
+            start = (num_decode, context + num_decode * ahead, context_sq, context_max + ahead)
+            batches = decode_batches(start, min(MAX_PRICED, self.num_steps - ahead))
+            known += self._model.step_ns(batches, 0).tolist()
+        return known
+
+    def total_ns(self, count: int) -> int:
+        """See `Durations`."""
+        return sum(self._price(count)[:count])
+
+    def reach(self, time_ns: int, gap_ns: int, most: int) -> tuple[int, int]:
+        """See `Durations`."""
+        known, total_ns = self._known_ns, 0
+        for count in range(1, most + 1):
+            if count > len(known):
+                self._price(count)
+            total_ns += known[count - 1]
+            if total_ns + count * gap_ns >= time_ns:
+                return count, total_ns
+        return most, total_ns
+
+    def last_ns(self, count: int) -> int:
+        """See `Durations`."""
+        return self._price(count)[count - 1]
+
+    def list_ns(self, count: int) -> IntArray:
+        """See `Durations`."""
+        return np.array(self._price(count)[:count], dtype=np.int64)
 
 
 class VectorPricer:

@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 
 from kvtwin.sim.latency.grid import FloatArray
-from kvtwin.sim.latency.pricing import Durations, Pricer, VectorPricer, decode_batches
+from kvtwin.sim.latency.pricing import Durations, OnDemand, Pricer, VectorPricer
 from kvtwin.sim.latency.stats import BatchRow, BatchStats, IntArray
 
 # Of a table of batches, or of one as plain integers: written with operators that mean the same on both.
@@ -89,7 +89,6 @@ _GROWTH: Final[Mapping[str, Callable[[int], int]]] = {
     "decode_context": lambda num_decode: num_decode,
     "decode_context_max": lambda num_decode: 1,  # noqa: ARG005
 }
-_FEW = 32  # so many steps are quicker priced one by one than in a vectorised call
 
 
 class RegressionPricer:
@@ -119,66 +118,18 @@ class RegressionPricer:
         step: int,  # noqa: ARG002 - the contract's
     ) -> Durations:
         """See `Pricer`."""
-        batch = BatchRow(num_decode, context, context_sq, context_max, 0, 0, 0, 0, 0)
+        first = (num_decode, context, context_sq, context_max)
+        batch = BatchRow(*first, 0, 0, 0, 0, 0)
         terms = []
         for price, feature, growth in self._terms:
             value = feature(batch)
             if value or growth:
                 terms.append((price, value, growth(num_decode) if growth else 0))
-        return _Decodes(self._model, batch, terms, most)
 
-
-class _Decodes:
-    """Durations of decode steps, priced as far as they are asked for; see `pricing.Durations`."""
-
-    __slots__ = ("_batch", "_known_ns", "_model", "_terms", "num_steps")
-
-    def __init__(
-        self, model: RegressionLatency, batch: BatchRow, terms: list[tuple[float, int, int]], num_steps: int
-    ) -> None:
-        self._model, self._batch, self._terms, self.num_steps = model, batch, terms, num_steps
-        self._known_ns: list[int] = []
-
-    @property
-    def least_ns(self) -> int:
-        """The first: contexts only grow, and no price is negative."""
-        return self.last_ns(1)
-
-    def _price(self, count: int) -> list[int]:
-        known, terms = self._known_ns, self._terms
-        for ahead in range(len(known), min(count, _FEW)):
+        def price_one(ahead: int) -> int:
             time_ns = 0.0
             for price, value, growth in terms:
                 time_ns += price * (value + growth * ahead)
-            known.append(max(round(time_ns), 1))
-        while len(known) < count:
-            ahead, first = len(known), self._batch
-            context_sq = first.decode_context_sq + (2 * first.decode_context + first.num_decode * ahead) * ahead
-            context = first.decode_context + first.num_decode * ahead
-            start = (first.num_decode, context, context_sq, first.decode_context_max + ahead)
-            batches = decode_batches(start, min(8 * _FEW, self.num_steps - ahead))
-            known += self._model.step_ns(batches, 0).tolist()
-        return known
+            return max(round(time_ns), 1)
 
-    def total_ns(self, count: int) -> int:
-        """See `Durations`."""
-        return sum(self._price(count)[:count])
-
-    def reach(self, time_ns: int, gap_ns: int, most: int) -> tuple[int, int]:
-        """See `Durations`."""
-        known, total_ns = self._known_ns, 0
-        for count in range(1, most + 1):
-            if count > len(known):
-                self._price(count)
-            total_ns += known[count - 1]
-            if total_ns + count * gap_ns >= time_ns:
-                return count, total_ns
-        return most, total_ns
-
-    def last_ns(self, count: int) -> int:
-        """See `Durations`."""
-        return self._price(count)[count - 1]
-
-    def list_ns(self, count: int) -> IntArray:
-        """See `Durations`."""
-        return np.array(self._price(count)[:count], dtype=np.int64)
+        return OnDemand(self._model, first, price_one, most, grows=True)
