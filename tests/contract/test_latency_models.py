@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from kvtwin.sim.latency.composed import ComposedLatency
 from kvtwin.sim.latency.grid import Grid
 from kvtwin.sim.latency.linear import LinearLatency
+from kvtwin.sim.latency.pricing import VectorPricer, pricer_for
 from kvtwin.sim.latency.profile import LATENCY_MODELS, PROFILE_SCHEMA_VERSION, Profile, read_profile
 from kvtwin.sim.latency.regression import FEATURES, RegressionLatency
-from kvtwin.sim.latency.stats import BatchStats
+from kvtwin.sim.latency.stats import BatchStats, batch_row
 from kvtwin.traces.errors import InputError
 
 COMPOSED = ComposedLatency(
@@ -132,3 +133,51 @@ def test_parts_add_up_to_the_step() -> None:
     assert round(1e3 * sum(float(part[0]) for part in COMPOSED.parts_us(sample).values())) == COMPOSED.step_ns(
         sample, 0
     )
+
+
+@pytest.mark.parametrize("name", MODELS)
+@given(pairs=members)
+def test_a_pricer_gives_a_batch_the_models_nanoseconds(name: str, pairs: list[tuple[int, int]]) -> None:
+    row = batch_row(*zip(*pairs, strict=True))
+    assert pricer_for(MODELS[name]).step_ns(row, 0) == MODELS[name].step_ns(batch(pairs), 0)[0]
+
+
+@pytest.mark.parametrize("name", [*MODELS, "free", "vectorised"])
+@given(
+    cache_lens=st.lists(st.integers(0, 20_000), min_size=1, max_size=40),
+    most=st.integers(1, 300),
+    reached=st.integers(0, 10**12),
+    gap_ns=st.sampled_from([0, 30_000]),
+)
+def test_a_pricer_gives_a_stretch_the_models_nanoseconds(
+    name: str, cache_lens: list[int], most: int, reached: int, gap_ns: int
+) -> None:
+    model = {**MODELS, "free": LinearLatency(0, 0, 1, 0), "vectorised": COMPOSED}[name]
+    pricer = VectorPricer(model) if name == "vectorised" else pricer_for(model)
+    steps = [batch_row([length + ahead for length in cache_lens], [1] * len(cache_lens)) for ahead in range(most)]
+    single = model.step_ns(BatchStats(np.array(steps)), 0)
+    durations = pricer.stretch(*steps[0][:4], most, 0)
+    known = min(durations.num_steps, most)
+    assert known >= 1
+    assert durations.list_ns(known).tolist() == single[:known].tolist()
+    assert durations.least_ns <= single.min()
+    for count in {1, (known + 1) // 2, known}:
+        assert durations.total_ns(count) == single[:count].sum()
+        assert durations.last_ns(count) == single[count - 1]
+    sums = np.cumsum(single[:known] + gap_ns)
+    for time_ns in (reached, int(sums[known // 2]), int(sums[known // 2]) + 1, -5):
+        count = min(int(np.searchsorted(sums, time_ns)) + 1, known)
+        assert durations.reach(time_ns, gap_ns, known) == (count, single[:count].sum())
+
+
+@given(
+    axes=st.lists(st.lists(st.integers(0, 50), min_size=1, max_size=4, unique=True), min_size=1, max_size=4),
+    data=st.data(),
+)
+def test_a_grid_at_one_point_is_the_grid_at_many(axes: list[list[int]], data: st.DataObject) -> None:
+    axes = [sorted(axis) for axis in axes]
+    shape = [len(axis) for axis in axes]
+    values = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1))).normal(0.0, 100.0, shape)
+    point = [data.draw(st.floats(-10.0, 60.0)) for _ in axes]
+    grid = Grid(axes, values)
+    assert grid.at(*point) == grid(*(np.array([coordinate]) for coordinate in point))[0]
