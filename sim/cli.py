@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,8 @@ def _run(args: argparse.Namespace) -> int:
     workload = read_run(args.workload)
     loaded = time.perf_counter()
     source = {"workload": args.workload.name, "engine": args.engine.name, "profile": args.profile.name}
-    run = simulate(workload, latency, profile.host, **record, source=source)
+    with _progress(workload.requests.num_rows) as progress:
+        run = simulate(workload, latency, profile.host, **record, source=source, progress=progress)
     metrics: dict[str, Any] = {
         **run.info.metrics,
         **_summary(run),
@@ -70,6 +72,15 @@ def _run(args: argparse.Namespace) -> int:
     metrics |= {"write_s": round(time.perf_counter() - simulated, 6), "peak_rss_bytes": peak_rss_bytes()}
     _print(args, metrics)
     return 0
+
+
+@contextmanager
+def _progress(num_requests: int) -> Iterator[Callable[[int], object]]:
+    """A bar of finished requests on stderr: only on a terminal, and only where it takes longer than a moment."""
+    from tqdm import tqdm
+
+    with tqdm(total=num_requests, unit=" requests", desc="simulate", delay=2.0, disable=None, leave=False) as bar:
+        yield bar.update
 
 
 def _simulator(settings: dict[str, Any], path: Path) -> Callable[..., Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,6 +13,7 @@ from kvtwin.sim.vllm.plan import StepPlan
 from kvtwin.sim.vllm.request import IntArray, Request
 from kvtwin.traces.schema import REQUESTS, STEPS
 
+Progress = Callable[[int], object]  # told how many more requests have finished
 UNKNOWN = -1  # a request's time stamp that has not been set
 
 

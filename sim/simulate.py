@@ -16,6 +16,7 @@ from kvtwin.sim.config import VllmConfig, rules_version
 from kvtwin.sim.frontend import at_the_client, order_at_the_engine
 from kvtwin.sim.latency.base import LatencyModel
 from kvtwin.sim.latency.host import HostTime
+from kvtwin.sim.recorder import Progress
 from kvtwin.sim.vllm.engine import Engine
 from kvtwin.sim.vllm.request import IntArray, RequestBook
 from kvtwin.traces.errors import InputError
@@ -32,6 +33,7 @@ def simulate(
     record_steps: bool = True,
     plain: bool = False,
     source: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
 ) -> Run:
     """Serve a workload's requests with one engine.
 
@@ -43,6 +45,7 @@ def simulate(
         record_steps: keep the `steps` table.
         plain: take every step by itself (the specification; the result is the same).
         source: provenance to note in the result.
+        progress: told how many requests have finished, whenever some have.
 
     Raises:
         InputError: a request that the engine would refuse (longer than max_model_len).
@@ -53,7 +56,7 @@ def simulate(
     requests = build_requests(workload, config, arrival_ns, order)
     prepared = time.perf_counter()
     engine = Engine(config, latency, host, record_steps=record_steps, plain=plain)
-    times = engine.run(requests)
+    times = engine.run(requests, progress)
     tables = {"requests": at_the_client(times.table(workload.requests, order), host)}
     core_s = time.perf_counter() - prepared
     if record_steps:

@@ -9,6 +9,7 @@ from typing import Any, Final
 import numpy as np
 import pyarrow as pa
 
+from kvtwin.sim.recorder import Progress
 from kvtwin.sim.sglang.engine import Launched
 from kvtwin.sim.sglang.request import SglangRequest
 from kvtwin.sim.sglang.scheduler import SglangScheduler
@@ -29,7 +30,8 @@ class Recorder:
         scheduler: the engine's, set before it runs.
     """
 
-    def __init__(self, num_requests: int, *, record_steps: bool) -> None:
+    def __init__(self, num_requests: int, *, record_steps: bool, progress: Progress | None = None) -> None:
+        self._progress = progress
         self.scheduler: SglangScheduler | None = None
         self._queued, self._scheduled, self._first_token, self._finish = (
             array("q", [_UNKNOWN]) * num_requests for _ in range(4)
@@ -63,6 +65,8 @@ class Recorder:
                 self._first_token[request.row] = now_ns
         for request in finished:
             self._finish[request.row] = now_ns
+        if finished and self._progress is not None:
+            self._progress(len(finished))
         if self._steps is not None:
             self._steps.taken_in(finished, now_ns)
 

@@ -11,6 +11,7 @@ from typing import Any
 from kvtwin.sim.frontend import at_the_client, order_at_the_engine
 from kvtwin.sim.latency.base import LatencyModel
 from kvtwin.sim.latency.host import HostTime
+from kvtwin.sim.recorder import Progress
 from kvtwin.sim.sglang.build_cache import build_cache
 from kvtwin.sim.sglang.cache_record import CacheRecorder
 from kvtwin.sim.sglang.clock import Clock
@@ -36,6 +37,7 @@ def simulate_sglang(
     record_cache: bool = False,
     plain: bool = False,
     source: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
 ) -> Run:
     """Serve a workload's requests with one SGLang server; arguments as of `kvtwin.sim.simulate.simulate`.
 
@@ -47,7 +49,7 @@ def simulate_sglang(
     """
     started = time.perf_counter()
     requests = build_requests(workload, config)
-    recorder = Recorder(len(requests), record_steps=record_steps)
+    recorder = Recorder(len(requests), record_steps=record_steps, progress=progress)
     engine = build_engine(config, latency, host, observer=recorder, plain=plain)
     recorder.scheduler = engine.scheduler
     cache_recorder = CacheRecorder(engine.clock)

@@ -8,14 +8,14 @@ from kvtwin.sim.config import VllmConfig
 from kvtwin.sim.latency.base import LatencyModel
 from kvtwin.sim.latency.host import HostTime
 from kvtwin.sim.latency.pricing import VectorPricer, pricer_for
-from kvtwin.sim.recorder import RequestTimes, StepLog
+from kvtwin.sim.recorder import UNKNOWN, Progress, RequestTimes, StepLog
 from kvtwin.sim.vllm import handover
 from kvtwin.sim.vllm.array_pool import ArrayPool
 from kvtwin.sim.vllm.block_pool import BlockPool, Pool
 from kvtwin.sim.vllm.block_tables import CountedBlocks, PooledBlocks
 from kvtwin.sim.vllm.counted_pool import CountedPool
 from kvtwin.sim.vllm.jump import JumpLoop
-from kvtwin.sim.vllm.plain import PlainLoop, Progress
+from kvtwin.sim.vllm.plain import PlainLoop
 from kvtwin.sim.vllm.request import IntArray, RequestBook
 from kvtwin.sim.vllm.scheduler import VllmScheduler
 
@@ -55,7 +55,7 @@ class Engine:
 
         Args:
             requests: the workload.
-            progress: told now and then how many requests have arrived so far.
+            progress: told how many requests have finished, whenever some have.
 
         Raises:
             KvtwinError: a waiting request can never be scheduled, or preemptions undo one another for ever.
@@ -71,7 +71,7 @@ class Engine:
             times = self._run_counted(requests)
             if times is not None:
                 return times
-            requests.forget_all()
+            requests.forget_all()  # and from the beginning
         return self._run_pooled(requests)
 
     def steps(self, rows: IntArray) -> pa.Table:
@@ -143,6 +143,8 @@ class Engine:
             if done:
                 return times
             if not may_preempt:
+                if self._progress is not None:  # all that was done is done again
+                    self._progress(-sum(time_ns != UNKNOWN for time_ns in times.finish))
                 return None
             handover.to_plain(jump, plain, requests, blocks)
             turns = 0

@@ -18,11 +18,10 @@ from __future__ import annotations
 from kvtwin.sim.config import VllmConfig
 from kvtwin.sim.latency.host import HostTime
 from kvtwin.sim.latency.pricing import Durations, Pricer
-from kvtwin.sim.recorder import UNKNOWN, RequestTimes, StepLog
+from kvtwin.sim.recorder import UNKNOWN, Progress, RequestTimes, StepLog
 from kvtwin.sim.vllm.block_pool import Pool
 from kvtwin.sim.vllm.block_tables import BlockTables
 from kvtwin.sim.vllm.jump_log import JumpLog
-from kvtwin.sim.vllm.plain import Progress
 from kvtwin.sim.vllm.queues import WaitingQueue
 from kvtwin.sim.vllm.request import RequestBook
 from kvtwin.sim.vllm.running import PLACE_BITS, PLACE_MASK, Batch, Chunk, Partial, Ready, Running
@@ -45,7 +44,7 @@ class JumpLoop(Running):
         times: where the requests' time stamps go.
         log: where the steps go; None to keep none.
         may_preempt: False to return instead where somebody has to be preempted.
-        progress: told how many requests have arrived, whenever some have.
+        progress: told how many requests have finished, whenever some have.
     """
 
     def __init__(
@@ -132,8 +131,6 @@ class JumpLoop(Running):
             row += 1
         self.num_arrived = row
         self._next_arrival_ns = arrival_ns[row]
-        if self._progress is not None:
-            self._progress(row)
         if self._arrivals_overtake:
             self._head_blocked = False
 
@@ -354,6 +351,8 @@ class JumpLoop(Running):
                 self._requests.drop(row)
         self.num_running -= len(places)
         self._head_blocked = False
+        if self._progress is not None:
+            self._progress(len(places))
 
     # --- many steps ------------------------------------------------------------------------------------------------
 

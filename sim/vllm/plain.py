@@ -7,20 +7,17 @@ scheduling: two batches in flight, the next one scheduled before the previous on
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvtwin.sim.config import VllmConfig
 from kvtwin.sim.latency.host import HostTime
 from kvtwin.sim.latency.pricing import Pricer
 from kvtwin.sim.latency.stats import batch_row
-from kvtwin.sim.recorder import RequestTimes, StepLog, StepRows
+from kvtwin.sim.recorder import Progress, RequestTimes, StepLog, StepRows
 from kvtwin.sim.vllm.plan import StepPlan
 from kvtwin.sim.vllm.request import RequestBook
 from kvtwin.sim.vllm.scheduler import VllmScheduler
 from kvtwin.traces.errors import KvtwinError
-
-Progress = Callable[[int], object]
 
 
 @dataclass(slots=True)
@@ -61,7 +58,7 @@ class PlainLoop:
         host: time between steps.
         times: where the requests' time stamps go.
         log: where the steps go; None to keep none.
-        progress: told how many requests have arrived, whenever some have.
+        progress: told how many requests have finished, whenever some have.
     """
 
     def __init__(
@@ -110,8 +107,6 @@ class PlainLoop:
             self._times.queued[clock.num_arrived] = clock.now_ns
             self.scheduler.waiting.append(clock.num_arrived)
             clock.num_arrived += 1
-            if self._progress is not None:
-                self._progress(clock.num_arrived)
 
     def _schedule(self) -> InFlight:
         plan, clock = self.scheduler.schedule(), self.clock
@@ -135,6 +130,8 @@ class PlainLoop:
         clock.now_ns = max(clock.now_ns, batch.end_ns) + self._host.update(len(plan.requests))
         finished = self.scheduler.update(plan)
         self._times.note_tokens(plan, finished, clock.now_ns)
+        if finished and self._progress is not None:
+            self._progress(len(finished))
         if self._log is not None:
             self._log.add(
                 StepRows(

@@ -184,3 +184,16 @@ def test_a_request_longer_than_the_model_is_refused() -> None:
     )
     with pytest.raises(KvtwinError, match=r"row 1, input_tokens: 60 \+ 5 tokens: longer than max_model_len \(64\)"):
         simulate(Run(RunInfo("workload"), {"requests": table}), config, LATENCY)
+
+
+@settings(max_examples=50)
+@given(st.data())
+def test_progress_counts_every_request_once(data: st.DataObject) -> None:
+    config = data.draw(configs())
+    workload = data.draw(workloads(config.max_model_len))
+    counts: list[int] = []
+    try:
+        simulate(workload, config, LATENCY, record_steps=False, progress=counts.append)
+    except KvtwinError:
+        return
+    assert sum(counts) == workload.requests.num_rows
