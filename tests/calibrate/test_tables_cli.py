@@ -106,9 +106,15 @@ def test_refusals_are_one_line_and_leave_nothing(
 
 
 def test_where_whole_steps_are_needed_operators_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    table, output = write_gemm(tmp_path / "gemm.parquet"), tmp_path / "profile.json"
-    assert main(["calibrate", str(table), "-o", str(output)]) == 0
-    assert main(["calibrate", "--diff", str(output), str(output)]) == 2
+    table, profile = write_gemm(tmp_path / "gemm.parquet"), tmp_path / "profile.json"
+    assert main(["calibrate", str(table), "-o", str(profile)]) == 0
+    (tmp_path / "work.jsonl").write_text(
+        '{"request_id": "a", "arrival_s": 0, "input_length": 8, "output_length": 2}\n', encoding="utf-8"
+    )
+    (tmp_path / "engine.toml").write_text("num_gpu_blocks = 100\n", encoding="utf-8")
+    words = ["--engine", str(tmp_path / "engine.toml"), "--profile", str(profile), "-o", str(tmp_path / "run")]
+    assert main(["simulate", str(tmp_path / "work.jsonl"), *words]) == 2
     error = capsys.readouterr().err
-    assert "holds times of single operators" in error
+    assert "a simulation needs whole steps" in error
     assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
