@@ -31,8 +31,9 @@ lint: $(READY)   ## style, types, import rules
 bench: $(READY)   ## speed, as ratios against a reference in the same run
 	$(BIN)/pytest tests/bench --benchmark-only
 
+STUDIES := tests
 fidelity: $(READY)   ## real hardware targets whose data lie in ../shared
-	$(BIN)/pytest -m fidelity -s tests
+	$(BIN)/pytest -m fidelity -s $(STUDIES)
 
 oracle: $(READY)   ## make oracle CASES=DIR: the simulator against logs of the real schedulers
 	@$(BIN)/python tests/oracle/compare.py $(CASES)

@@ -37,8 +37,10 @@ class TwoPools(RuleBasedStateMachine):
         self.next_own = NUM_SHARED_KEYS
 
     def keys(self, data: st.DataObject) -> list[int]:
-        if self.gone and data.draw(st.booleans()):
-            return data.draw(st.sampled_from(self.gone))
+        come_back: bool = data.draw(st.booleans())
+        if self.gone and come_back:
+            old: list[int] = data.draw(st.sampled_from(self.gone))
+            return old
         shared = sorted(data.draw(st.sets(st.integers(0, NUM_SHARED_KEYS - 1), max_size=6)))
         own = list(range(self.next_own, self.next_own + 4))
         self.next_own += 4

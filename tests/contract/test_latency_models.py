@@ -156,7 +156,8 @@ def test_a_pricer_gives_a_stretch_the_models_nanoseconds(
     pricer = VectorPricer(model) if name == "vectorised" else pricer_for(model)
     steps = [batch_row([length + ahead for length in cache_lens], [1] * len(cache_lens)) for ahead in range(most)]
     single = model.step_ns(BatchStats(np.array(steps)), 0)
-    durations = pricer.stretch(*steps[0][:4], most, 0)
+    num_decode, context, context_sq, context_max = steps[0][:4]
+    durations = pricer.stretch(num_decode, context, context_sq, context_max, most, 0)
     known = min(durations.num_steps, most)
     assert known >= 1
     assert durations.list_ns(known).tolist() == single[:known].tolist()

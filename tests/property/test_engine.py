@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvtwin.sim.config import VllmConfig
+from kvtwin.sim.latency.base import LatencyModel
 from kvtwin.sim.latency.host import HostTime
 from kvtwin.sim.latency.linear import LinearLatency
 from kvtwin.sim.latency.regression import RegressionLatency
@@ -39,6 +40,7 @@ REGRESSION = RegressionLatency(
         "tokens_over_64": 1234.5,
     }
 )
+MODELS: st.SearchStrategy[LatencyModel] = st.sampled_from([LATENCY, REGRESSION])
 # KVTWIN_EXAMPLES=5000 for a longer search.
 MANY = int(os.environ.get("KVTWIN_EXAMPLES", "400"))
 HOSTS = st.sampled_from(
@@ -161,7 +163,8 @@ def test_the_same_inputs_give_the_same_run(data: st.DataObject) -> None:
 def test_jumps_equal_the_plain_path_bit_for_bit(data: st.DataObject) -> None:
     config = data.draw(configs())
     workload = data.draw(workloads(config.max_model_len))
-    host, latency = data.draw(HOSTS), data.draw(st.sampled_from([LATENCY, REGRESSION]))
+    host = data.draw(HOSTS)
+    latency = data.draw(MODELS)
     try:
         plain = simulate(workload, config, latency, host, plain=True)
     except KvtwinError:
