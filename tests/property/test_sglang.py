@@ -112,7 +112,8 @@ def test_everything_is_served_and_given_back(data: st.DataObject) -> None:
     pool, cache = engine.scheduler.pool, engine.scheduler.cache
     assert all(request.num_outputs == request.max_new_tokens for request in requests)
     assert all(0 <= request.num_cached_tokens < request.num_prompt_tokens for request in requests)
-    assert pool.available + cache.evictable_size() + cache.protected_size() == pool.size
+    if config.hicache_write_policy != "write_back":  # see `Checked`
+        assert pool.available + cache.evictable_size() + cache.protected_size() == pool.size
     # A copy's lock is taken off when the next prefill is tried, so the last ones stay.
     assert config.enable_hierarchical_cache or cache.protected_size() == 0
 
