@@ -1,7 +1,4 @@
-"""Speed, as ratios against a reference measured in the same run: `make bench`.
-
-The reference is the plain path, which takes every step by itself and gives the same result bit for bit.
-"""
+"""What calibration costs: statistics of batches, a table's fit, predictions. `make bench`."""
 
 from __future__ import annotations
 
@@ -14,37 +11,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from kvtwin.calibrate.tables.calibrate import calibrate_tables
 from kvtwin.calibrate.tables.candidates import fit_all
-from kvtwin.sim.config import VllmConfig
-from kvtwin.sim.latency.linear import LinearLatency
 from kvtwin.sim.latency.stats import BatchStats
-from kvtwin.sim.simulate import simulate
 from kvtwin.traces.readers.optable import OpTable, plain_samples
-from kvtwin.traces.run import Run, RunInfo
-from kvtwin.traces.table import from_columns
-
-LATENCY = LinearLatency(8_000_000, 30_000, 15, 12_000)
-CONFIG = VllmConfig(num_gpu_blocks=20_000, max_num_seqs=256, max_num_batched_tokens=2048, enable_prefix_caching=False)
-
-
-@pytest.fixture(scope="module")
-def workload() -> Run:
-    """2,000 requests of 1,024 + 256 tokens at 8 per second."""
-    rng = np.random.default_rng(0)
-    columns = {
-        "request_id": [str(row) for row in range(2000)],
-        "arrival_ns": np.cumsum(rng.exponential(1e9 / 8, 2000)).astype(np.int64),
-        "input_tokens": np.full(2000, 1024),
-        "output_tokens": np.full(2000, 256),
-    }
-    return Run(RunInfo("workload"), {"requests": from_columns("requests", columns, "bench")})
-
-
-@pytest.mark.benchmark(group="engine core")
-@pytest.mark.parametrize("plain", [True, False], ids=["plain", "jumps"])
-def test_engine_core(benchmark: BenchmarkFixture, workload: Run, plain: bool) -> None:
-    run = benchmark.pedantic(simulate, (workload, CONFIG, LATENCY), {"record_steps": False, "plain": plain}, rounds=3)
-    benchmark.extra_info["num_steps"] = run.info.metrics["num_steps"]
-    assert run.info.metrics["num_steps"] > 0
 
 
 @pytest.mark.benchmark(group="statistics of a million batch members")
