@@ -124,19 +124,13 @@ def _diff(args: argparse.Namespace) -> int:
 
 def _from_runs(args: argparse.Namespace) -> Profile:
     """Recordings: their steps, or where they have none (or it is asked for) their requests."""
-    from tqdm import tqdm
-
     from kvtwin.calibrate import logs, steps
+    from kvtwin.sim.progress import stage_bar
     from kvtwin.traces.readers import read_run
 
     _refuse_options(args, _KERNEL_OPTIONS, "is for kernel tables (a folder with meta.yaml)")
     total = len(args.samples) + len(args.test) + max(len(steps.STAGES), len(logs.stages(len(args.samples))))
-    # disable=None: silent when stderr is not a terminal.
-    with tqdm(total=total, delay=_PROGRESS_AFTER_S, disable=None, leave=False, unit="stage") as bar:
-
-        def tell(stage: str) -> None:
-            bar.set_description(stage, refresh=False)
-            bar.update()
+    with stage_bar(total, "stage") as tell:
 
         def read(path: Path) -> Run:
             tell(f"reading {path.name}")
@@ -182,7 +176,7 @@ def _refuse_options(args: argparse.Namespace, names: Sequence[str], reason: str)
 def _log(args: argparse.Namespace, run: Run) -> Log:
     """A run as a request log: its engine as recorded, overruled by --engine; its prompts as sent."""
     from kvtwin.calibrate.logs import Log
-    from kvtwin.sim.config import read_settings, recorded_settings, vllm_config
+    from kvtwin.sim.vllm.config import read_settings, recorded_settings, vllm_config
     from kvtwin.traces.readers import read_run
     from kvtwin.traces.workload import with_prompts
 

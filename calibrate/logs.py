@@ -37,14 +37,14 @@ from kvtwin.calibrate.agree import agreed_facts, place_of
 from kvtwin.calibrate.frontend import fit_frontend
 from kvtwin.calibrate.identify import Doubt, find_doubt
 from kvtwin.calibrate.units import refuse_implausible
-from kvtwin.sim.config import VllmConfig
 from kvtwin.sim.latency.base import LatencyModel
 from kvtwin.sim.latency.grid import FloatArray
 from kvtwin.sim.latency.host import HostTime
 from kvtwin.sim.latency.profile import Profile
 from kvtwin.sim.latency.regression import RegressionLatency, design
 from kvtwin.sim.latency.stats import COLUMNS, BatchStats
-from kvtwin.sim.simulate import simulate
+from kvtwin.sim.vllm.config import VllmConfig
+from kvtwin.sim.vllm.simulate import simulate
 from kvtwin.traces.errors import InputError
 from kvtwin.traces.run import Run
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +39,10 @@ def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
 
 def _run(args: argparse.Namespace) -> int:
     # Imported here: `kvtwin --help` must not wait for numpy and pyarrow.
-    from kvtwin.sim.config import read_settings
     from kvtwin.sim.latency.profile import read_profile
-    from kvtwin.sim.simulate import peak_rss_bytes, with_metrics
+    from kvtwin.sim.progress import progress_bar
+    from kvtwin.sim.vllm.config import read_settings
+    from kvtwin.sim.vllm.simulate import peak_rss_bytes, with_metrics
     from kvtwin.traces.readers import read_run
     from kvtwin.traces.run import refuse_existing
 
@@ -58,7 +58,7 @@ def _run(args: argparse.Namespace) -> int:
     workload = read_run(args.workload)
     loaded = time.perf_counter()
     source = {"workload": args.workload.name, "engine": args.engine.name, "profile": args.profile.name}
-    with _progress(workload.requests.num_rows) as progress:
+    with progress_bar(workload.requests.num_rows, " requests", "simulate") as progress:
         run = simulate(workload, latency, profile.host, **record, source=source, progress=progress)
     metrics: dict[str, Any] = {
         **run.info.metrics,
@@ -74,15 +74,6 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-@contextmanager
-def _progress(num_requests: int) -> Iterator[Callable[[int], object]]:
-    """A bar of finished requests on stderr: only on a terminal, and only where it takes longer than a moment."""
-    from tqdm import tqdm
-
-    with tqdm(total=num_requests, unit=" requests", desc="simulate", delay=2.0, disable=None, leave=False) as bar:
-        yield bar.update
-
-
 def _simulator(settings: dict[str, Any], path: Path) -> Callable[..., Any]:
     """`simulate` of the engine that a file of settings names (vLLM where it names none), with these settings."""
     if settings.get("engine") == "sglang":
@@ -91,8 +82,8 @@ def _simulator(settings: dict[str, Any], path: Path) -> Callable[..., Any]:
 
         sglang = sglang_config(settings, path)
         return lambda workload, *args, **options: simulate_sglang(workload, sglang, *args, **options)
-    from kvtwin.sim.config import vllm_config
-    from kvtwin.sim.simulate import simulate
+    from kvtwin.sim.vllm.config import vllm_config
+    from kvtwin.sim.vllm.simulate import simulate
 
     vllm = vllm_config(settings, path)
     return lambda workload, *args, **options: simulate(workload, vllm, *args, **options)

@@ -18,6 +18,7 @@ Where = str | PathLike[str]
 # Columns that count something or name a duration: a negative value is a mistake in the source.
 _NOT_NEGATIVE = {
     "arrival_ns", "input_tokens", "output_tokens", "cached_tokens", "num_preemptions",
+    "cached_host_tokens", "cached_storage_tokens", "waiting_ns", "prefetch_ns", "running_ns", "swapped_ns",
     "num_waiting", "num_running", "num_free_blocks", "num_evicted_blocks", "step",
 }  # fmt: skip
 
@@ -51,7 +52,7 @@ def from_columns(key: str, columns: Mapping[str, Any], where: Where) -> pa.Table
 def check_table(table: pa.Table, key: str, where: Where) -> pa.Table:
     """Return `table` in the schema's column order, or say what is wrong with it.
 
-    Rules: the columns and types of `schema.TABLES[key]`; no null where the schema forbids it; counts
+    Rules: the columns and types of `schema.TABLES[key]` (one that may be null may be absent); no null where the schema forbids it; counts
     and times not negative; requests sorted by arrival with unique ids; a step's lists of equal length.
 
     Raises:
@@ -75,7 +76,8 @@ def check_table(table: pa.Table, key: str, where: Where) -> pa.Table:
 
 def _cast(table: pa.Table, key: str, where: Where) -> pa.Table:
     schema = TABLES[key]
-    missing = [name for name in schema.names if name not in table.column_names]
+    # A column that may be unknown may also be absent: a run written before the schema had it.
+    missing = [field.name for field in schema if not field.nullable and field.name not in table.column_names]
     if missing:
         raise InputError(f"column is missing; {key} has {', '.join(schema.names)}", path=where, column=missing[0])
     unknown = [name for name in table.column_names if name not in schema.names]
@@ -83,6 +85,9 @@ def _cast(table: pa.Table, key: str, where: Where) -> pa.Table:
         raise InputError(f"unknown column; {key} has {', '.join(schema.names)}", path=where, column=unknown[0])
     columns = []
     for field in schema:
+        if field.name not in table.column_names:
+            columns.append(pa.chunked_array([pa.nulls(table.num_rows, field.type)]))
+            continue
         try:
             columns.append(table.column(field.name).cast(field.type))
         except pa.ArrowException as error:

@@ -15,10 +15,10 @@ from kvtwin.calibrate.kernels import calibrate_kernels
 from kvtwin.calibrate.models import ModelSpec, model_spec
 from kvtwin.calibrate.noise import step_floor
 from kvtwin.calibrate.steps import calibrate_steps
-from kvtwin.sim.config import VllmConfig, recorded_settings, vllm_config
 from kvtwin.sim.latency.profile import Profile, read_profile
 from kvtwin.sim.latency.stats import BatchStats
-from kvtwin.sim.simulate import simulate
+from kvtwin.sim.vllm.config import VllmConfig, recorded_settings, vllm_config
+from kvtwin.sim.vllm.simulate import simulate
 from kvtwin.traces.errors import InputError
 from kvtwin.traces.readers import read_run
 from kvtwin.traces.readers.allreduce import read_allreduce

@@ -15,7 +15,7 @@ import numpy as np
 
 from kvtwin.traces.errors import InputError
 from kvtwin.traces.files import write_text
-from kvtwin.validate.result import CHECKS_SCHEMA_VERSION, Check, Comparison, TargetReport, Verdict
+from kvtwin.validate.result import CHECKS_SCHEMA_VERSION, Check, Comparison, Level, TargetReport, Verdict
 
 MAX_BYTES: Final = 64 * 1024 * 1024  # a report holds some hundreds of checks: more than this is another file
 
@@ -147,7 +147,7 @@ def _check(row: Any, place: str, path: str | PathLike[str]) -> Check:
         problem = f"keys are {_cut(sorted(row))}; expected {', '.join(sorted(known))}"
         raise InputError(problem, path=path, column=place)
     texts = {key: _expect(row[key], str, f"{place}.{key}", path) for key in _TEXTS}
-    for key, allowed in (("level", ("step", "e2e", "cache")), ("verdict", get_args(Verdict))):
+    for key, allowed in (("level", get_args(Level)), ("verdict", get_args(Verdict))):
         if texts[key] not in allowed:
             raise InputError(f"{texts[key]!r} is none of {', '.join(allowed)}", path=path, column=f"{place}.{key}")
     numbers = {key: _number(row[key], f"{place}.{key}", path, absent=math.nan) for key in _NUMBERS}

@@ -12,6 +12,8 @@ from kvtwin.traces.run import Run
 
 Verdict = Literal["pass", "fail", "not distinguishable", "no gate"]
 
+Level = Literal["step", "scheduler", "cache", "e2e"]
+
 CHECKS_SCHEMA_VERSION = 1
 
 
@@ -21,7 +23,8 @@ class Check:
 
     Attributes:
         run: name of the recorded run it was judged on.
-        level: "step" (latency per batch), "e2e" (per request) or "cache" (events of a KV cache).
+        level: "step" (latency per batch), "scheduler" (decisions), "cache" (events of a KV cache) or "e2e" (per
+            request).
         metric: such as "ttft_p90", "step_mape".
         unit: unit of `measured` and `simulated`: "ms", "tokens/s", "%" ...
         measured, simulated: the two values; NaN where the metric has only an error (a MAPE).
@@ -35,7 +38,7 @@ class Check:
     """
 
     run: str
-    level: Literal["step", "e2e", "cache"]
+    level: Level
     metric: str
     unit: str
     measured: float
@@ -85,6 +88,79 @@ class Comparison:
     repeats: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """Where two schedulers part, side by side.
+
+    Attributes:
+        step: row of the measured run's `steps`.
+        what: the first thing that differs: "batch", "order", "preempted", "finished", "free blocks" ...
+        measured, simulated: the step as each decided it: batch (request_id, cache_len, input_len per member),
+            preempted, finished, num_waiting, num_running, num_free_blocks; plain values that JSON can hold.
+        resync_step: the first later step from which both agree again; None if they never do.
+    """
+
+    step: int
+    what: str
+    measured: Mapping[str, Any]
+    simulated: Mapping[str, Any]
+    resync_step: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduleFinding:
+    """A recorded scheduler log beside the simulated scheduler, step by step.
+
+    Attributes:
+        run: name of the recorded run.
+        num_steps, num_identical: steps compared; those with the same decision.
+        first: the first divergence; None where there is none.
+        not_judged: what the log does not hold, and so could not be compared, in words.
+    """
+
+    run: str
+    num_steps: int
+    num_identical: int
+    first: Divergence | None
+    not_judged: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One bar of a waterfall: what one simulated layer adds to the error.
+
+    Attributes:
+        layer: "arrival", "cache", "schedule", "step times", "host" ..., or "remainder".
+        change: signed, as a fraction of the measured value; the parts add up to the error.
+    """
+
+    layer: str
+    change: float
+
+
+@dataclass(frozen=True, slots=True)
+class Attribution:
+    """How much of one end-to-end error each simulated layer causes.
+
+    Attributes:
+        run: name of the recorded run.
+        metric: such as "ttft_mean".
+        unit: of `measured` and `simulated`.
+        parts: in the order of the waterfall; their changes sum to simulated / measured - 1.
+        blamed: the layer that causes most of it; None while the error is within its doubt.
+        note: what a reader must know.
+    """
+
+    run: str
+    metric: str
+    unit: str
+    measured: float
+    simulated: float
+    parts: tuple[Part, ...]
+    blamed: str | None = None
+    note: str = ""
+
+
 @dataclass(frozen=True)
 class TargetReport:
     """Everything that one `kvtwin check` of one target found.
@@ -95,6 +171,8 @@ class TargetReport:
         comparisons: one per recorded run that was judged.
         profile: summary of the profile used (kind, accuracy, noise floor, domain, provenance).
         provenance: kvtwin version, command, date of the data, digests of the inputs, seed.
+        schedules: scheduler logs beside the simulated scheduler, one per recorded run with steps.
+        attributions: the causes of the end-to-end errors, by run and metric.
     """
 
     target: Mapping[str, str]
@@ -102,6 +180,8 @@ class TargetReport:
     comparisons: tuple[Comparison, ...]
     profile: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    schedules: tuple[ScheduleFinding, ...] = ()
+    attributions: tuple[Attribution, ...] = ()
 
     @property
     def verdict(self) -> Literal["pass", "fail"]:

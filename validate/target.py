@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from kvtwin.calibrate.models import ModelSpec, custom_model, model_spec
-from kvtwin.sim.config import read_settings
+from kvtwin.sim.vllm.config import read_settings
 from kvtwin.traces.errors import InputError
 from kvtwin.validate.gates import Gate, parse_gates
 

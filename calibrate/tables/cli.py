@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from kvtwin.sim.progress import stage_bar
 from kvtwin.traces.errors import InputError
 
 if TYPE_CHECKING:
@@ -50,7 +51,6 @@ def is_table(path: Path) -> bool:
 
 def from_tables(args: argparse.Namespace) -> Profile:
     """Read, filter, calibrate, and judge on `--test`. Raises InputError as the readers and `calibrate_tables` do."""
-    from tqdm import tqdm
 
     from kvtwin.calibrate.tables.calibrate import calibrate_tables
     from kvtwin.calibrate.tables.judge import judge_table
@@ -71,12 +71,7 @@ def from_tables(args: argparse.Namespace) -> Profile:
         profile = scale_profile(tables[0], reference, num_samples=number, seed=args.seed, hardware=args.hardware)
     else:
         total = sum(len(table.samples) for table in tables)
-        with tqdm(total=total, delay=_PROGRESS_AFTER_S, disable=None, leave=False, unit="operator") as bar:
-
-            def tell(name: str) -> None:
-                bar.set_description(name[:60], refresh=False)
-                bar.update()
-
+        with stage_bar(total, "operator") as tell:
             profile = calibrate_tables(tables, hardware=args.hardware, seed=args.seed, progress=tell)
     for test in tests:
         profile = judge_table(profile, test, seed=args.seed)

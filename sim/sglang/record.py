@@ -9,12 +9,18 @@ from typing import Any, Final
 import numpy as np
 import pyarrow as pa
 
-from kvtwin.sim.recorder import Progress
+from kvtwin.sim.progress import Progress
 from kvtwin.sim.sglang.engine import Launched
 from kvtwin.sim.sglang.request import SglangRequest
 from kvtwin.sim.sglang.scheduler import SglangScheduler
 from kvtwin.sim.sglang.stretch import Stretch
 from kvtwin.traces.schema import REQUESTS, STEPS
+
+# Columns of the workload's recording that say nothing of this run.
+_NOT_SIMULATED: Final = (
+    "client_first_token_ns", "client_finish_ns", "cached_host_tokens", "cached_storage_tokens",
+    "waiting_ns", "prefetch_ns", "running_ns", "swapped_ns",
+)  # fmt: skip
 
 _UNKNOWN: Final = -1
 
@@ -88,7 +94,7 @@ class Recorder:
         ):
             column = np.frombuffer(values, dtype=np.int64) if values else np.empty(0, np.int64)
             columns[name] = pa.array(column, mask=column == _UNKNOWN)
-        for name in ("client_first_token_ns", "client_finish_ns"):  # no client is simulated
+        for name in _NOT_SIMULATED:
             columns[name] = pa.nulls(workload.num_rows, pa.int64())
         columns["cached_tokens"] = pa.array([request.num_cached_tokens for request in requests], pa.int64())
         columns["num_preemptions"] = pa.array([request.num_retractions for request in requests], pa.int64())

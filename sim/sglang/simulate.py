@@ -11,7 +11,7 @@ from typing import Any
 from kvtwin.sim.frontend import at_the_client, order_at_the_engine
 from kvtwin.sim.latency.base import LatencyModel
 from kvtwin.sim.latency.host import HostTime
-from kvtwin.sim.recorder import Progress
+from kvtwin.sim.progress import Progress
 from kvtwin.sim.sglang.build_cache import build_cache
 from kvtwin.sim.sglang.cache_record import CacheRecorder
 from kvtwin.sim.sglang.clock import Clock
@@ -39,7 +39,7 @@ def simulate_sglang(
     source: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Run:
-    """Serve a workload's requests with one SGLang server; arguments as of `kvtwin.sim.simulate.simulate`.
+    """Serve a workload's requests with one SGLang server; arguments as of `kvtwin.sim.vllm.simulate.simulate`.
 
     Every request runs to its output length (`ignore_eos`), which is also its `max_new_tokens`.
 

@@ -14,8 +14,8 @@ from typing import Protocol
 
 import numpy as np
 
-from kvtwin.sim.config import VllmConfig
 from kvtwin.sim.vllm.array_pool import ArrayPool
+from kvtwin.sim.vllm.config import VllmConfig
 from kvtwin.sim.vllm.counted_pool import CountedPool
 from kvtwin.sim.vllm.request import NO_BLOCKS, IntArray, RequestBook
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-from kvtwin.sim.config import VllmConfig
 from kvtwin.sim.latency.base import LatencyModel
 from kvtwin.sim.latency.host import HostTime
 from kvtwin.sim.latency.pricing import VectorPricer, pricer_for
-from kvtwin.sim.recorder import UNKNOWN, Progress, RequestTimes, StepLog
+from kvtwin.sim.progress import Progress
 from kvtwin.sim.vllm import handover
 from kvtwin.sim.vllm.array_pool import ArrayPool
 from kvtwin.sim.vllm.block_pool import BlockPool, Pool
 from kvtwin.sim.vllm.block_tables import CountedBlocks, PooledBlocks
+from kvtwin.sim.vllm.config import VllmConfig
 from kvtwin.sim.vllm.counted_pool import CountedPool
 from kvtwin.sim.vllm.jump import JumpLoop
 from kvtwin.sim.vllm.plain import PlainLoop
+from kvtwin.sim.vllm.recorder import UNKNOWN, RequestTimes, StepLog
 from kvtwin.sim.vllm.request import IntArray, RequestBook
 from kvtwin.sim.vllm.scheduler import VllmScheduler
 

@@ -6,11 +6,11 @@ from bases and heap keys to `Request` objects and back, and the batch in flight.
 
 from __future__ import annotations
 
-from kvtwin.sim.recorder import UNKNOWN, StepRows
 from kvtwin.sim.vllm.block_tables import BlockTables
 from kvtwin.sim.vllm.jump import JumpLoop
 from kvtwin.sim.vllm.plain import InFlight, PlainLoop
 from kvtwin.sim.vllm.plan import StepPlan
+from kvtwin.sim.vllm.recorder import UNKNOWN, StepRows
 from kvtwin.sim.vllm.request import Request, RequestBook, Status
 from kvtwin.sim.vllm.running import Batch, Chunk, Partial
 

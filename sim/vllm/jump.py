@@ -15,14 +15,15 @@ priority policy, when prompts are cut by `long_prefill_token_threshold`, or when
 
 from __future__ import annotations
 
-from kvtwin.sim.config import VllmConfig
 from kvtwin.sim.latency.host import HostTime
 from kvtwin.sim.latency.pricing import Durations, Pricer
-from kvtwin.sim.recorder import UNKNOWN, Progress, RequestTimes, StepLog
+from kvtwin.sim.progress import Progress
 from kvtwin.sim.vllm.block_pool import Pool
 from kvtwin.sim.vllm.block_tables import BlockTables
+from kvtwin.sim.vllm.config import VllmConfig
 from kvtwin.sim.vllm.jump_log import JumpLog
 from kvtwin.sim.vllm.queues import WaitingQueue
+from kvtwin.sim.vllm.recorder import UNKNOWN, RequestTimes, StepLog
 from kvtwin.sim.vllm.request import RequestBook
 from kvtwin.sim.vllm.running import PLACE_BITS, PLACE_MASK, Batch, Chunk, Partial, Ready, Running
 from kvtwin.traces.errors import KvtwinError

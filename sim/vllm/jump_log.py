@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from kvtwin.sim.latency.host import HostTime
-from kvtwin.sim.recorder import UNKNOWN, StepLog, StepRows
 from kvtwin.sim.vllm.block_pool import Pool
 from kvtwin.sim.vllm.block_tables import BlockTables
+from kvtwin.sim.vllm.recorder import UNKNOWN, StepLog, StepRows
 from kvtwin.sim.vllm.running import PLACE_BITS, PLACE_MASK, Batch, Running
 
 

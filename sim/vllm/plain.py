@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from kvtwin.sim.config import VllmConfig
 from kvtwin.sim.latency.host import HostTime
 from kvtwin.sim.latency.pricing import Pricer
 from kvtwin.sim.latency.stats import batch_row
-from kvtwin.sim.recorder import Progress, RequestTimes, StepLog, StepRows
+from kvtwin.sim.progress import Progress
+from kvtwin.sim.vllm.config import VllmConfig
 from kvtwin.sim.vllm.plan import StepPlan
+from kvtwin.sim.vllm.recorder import RequestTimes, StepLog, StepRows
 from kvtwin.sim.vllm.request import RequestBook
 from kvtwin.sim.vllm.scheduler import VllmScheduler
 from kvtwin.traces.errors import KvtwinError

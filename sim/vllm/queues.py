@@ -6,7 +6,7 @@ import heapq
 from collections import deque
 from typing import Literal, Protocol
 
-from kvtwin.sim.config import VllmConfig
+from kvtwin.sim.vllm.config import VllmConfig
 from kvtwin.sim.vllm.request import RequestBook
 
 

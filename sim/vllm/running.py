@@ -10,8 +10,8 @@ from array import array
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 
-from kvtwin.sim.recorder import StepRows
 from kvtwin.sim.vllm.block_tables import BlockTables
+from kvtwin.sim.vllm.recorder import StepRows
 
 PLACE_BITS = 40  # of a heap key: the request's place in the order of admission
 PLACE_MASK = (1 << PLACE_BITS) - 1

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from kvtwin.sim.config import VllmConfig
 from kvtwin.sim.vllm.block_pool import IntArray, Pool
+from kvtwin.sim.vllm.config import VllmConfig
 from kvtwin.sim.vllm.kv_manager import KVCacheManager
 from kvtwin.sim.vllm.plan import StepPlan
 from kvtwin.sim.vllm.queues import waiting_queue

@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from kvtwin.sim.config import VllmConfig
 from kvtwin.sim.latency.linear import LinearLatency
 from kvtwin.sim.latency.profile import Profile
-from kvtwin.sim.simulate import simulate
+from kvtwin.sim.vllm.config import VllmConfig
+from kvtwin.sim.vllm.simulate import simulate
 from kvtwin.traces.readers import read_run
 from kvtwin.traces.run import Run, RunInfo
 from kvtwin.traces.table import from_columns

@@ -10,10 +10,10 @@ import pytest
 import kvtwin.traces
 from kvtwin.calibrate.frontend import fit_frontend, frontend_accuracy
 from kvtwin.calibrate.steps import calibrate_steps
-from kvtwin.sim.config import VllmConfig
 from kvtwin.sim.latency.host import HostTime
 from kvtwin.sim.latency.linear import LinearLatency
-from kvtwin.sim.simulate import simulate
+from kvtwin.sim.vllm.config import VllmConfig
+from kvtwin.sim.vllm.simulate import simulate
 from kvtwin.traces.run import Run, RunInfo
 from kvtwin.traces.table import from_columns
 

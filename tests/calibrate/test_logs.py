@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from kvtwin.calibrate.logs import GROWTH, MIN_REQUESTS, Log, calibrate_logs, fit_logs, judge_log, stages
-from kvtwin.sim.config import VllmConfig
 from kvtwin.sim.latency.regression import RegressionLatency
 from kvtwin.sim.latency.stats import BatchStats, IntArray
-from kvtwin.sim.simulate import simulate
+from kvtwin.sim.vllm.config import VllmConfig
+from kvtwin.sim.vllm.simulate import simulate
 from kvtwin.traces.errors import InputError
 from kvtwin.traces.run import Run, RunInfo
 from kvtwin.traces.table import from_columns

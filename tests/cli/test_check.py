@@ -11,10 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvtwin.reports.cli import main
-from kvtwin.sim.config import VllmConfig
 from kvtwin.sim.latency.linear import LinearLatency
 from kvtwin.sim.latency.profile import Profile
-from kvtwin.sim.simulate import simulate
+from kvtwin.sim.vllm.config import VllmConfig
+from kvtwin.sim.vllm.simulate import simulate
 from kvtwin.traces.errors import InputError
 from kvtwin.traces.run import Run, RunInfo
 from kvtwin.traces.table import from_columns

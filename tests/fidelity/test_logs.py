@@ -12,11 +12,11 @@ from kvtwin.calibrate.kernels import calibrate_kernels
 from kvtwin.calibrate.logs import Log, calibrate_logs, fit_logs, judge_log
 from kvtwin.calibrate.models import model_spec
 from kvtwin.calibrate.steps import calibrate_steps
-from kvtwin.sim.config import VllmConfig
 from kvtwin.sim.latency.base import LatencyModel
 from kvtwin.sim.latency.regression import RegressionLatency
 from kvtwin.sim.latency.stats import BatchStats, IntArray
-from kvtwin.sim.simulate import simulate
+from kvtwin.sim.vllm.config import VllmConfig
+from kvtwin.sim.vllm.simulate import simulate
 from kvtwin.traces.readers import read_run
 from kvtwin.traces.readers.llmservingsim_profile import read_kernel_profile
 from kvtwin.traces.run import Run, RunInfo

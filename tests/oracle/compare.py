@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvtwin.sim.config import VllmConfig, vllm_config
 from kvtwin.sim.latency.linear import LinearLatency
-from kvtwin.sim.simulate import simulate
+from kvtwin.sim.vllm.config import VllmConfig, vllm_config
+from kvtwin.sim.vllm.simulate import simulate
 from kvtwin.traces.errors import KvtwinError
 from kvtwin.traces.readers import vllm_recording
 from kvtwin.traces.run import Run

@@ -12,15 +12,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvtwin.sim.config import VllmConfig
 from kvtwin.sim.latency.base import LatencyModel
 from kvtwin.sim.latency.host import HostTime
 from kvtwin.sim.latency.linear import LinearLatency
 from kvtwin.sim.latency.regression import RegressionLatency
-from kvtwin.sim.simulate import build_requests, simulate
 from kvtwin.sim.vllm.array_pool import ArrayPool
 from kvtwin.sim.vllm.block_pool import BlockPool
+from kvtwin.sim.vllm.config import VllmConfig
 from kvtwin.sim.vllm.engine import Engine
+from kvtwin.sim.vllm.simulate import build_requests, simulate
 from kvtwin.traces.errors import KvtwinError
 from kvtwin.traces.run import Run, RunInfo
 from kvtwin.traces.table import from_columns

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from kvtwin.sim.config import VllmConfig
+from kvtwin.sim.vllm.config import VllmConfig
 from kvtwin.traces.run import Run, RunInfo
 from kvtwin.traces.table import from_columns
 

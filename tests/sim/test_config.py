@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtwin.sim.config import VllmConfig, read_settings, recorded_settings, rules_version, vllm_config
+from kvtwin.sim.vllm.config import VllmConfig, read_settings, recorded_settings, rules_version, vllm_config
 from kvtwin.traces.errors import InputError
 
 GOOD: dict[str, Any] = {"num_gpu_blocks": 1000, "version": "0.19.0"}

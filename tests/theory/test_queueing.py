@@ -8,9 +8,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kvtwin.sim.config import VllmConfig
 from kvtwin.sim.latency.linear import LinearLatency
-from kvtwin.sim.simulate import simulate
+from kvtwin.sim.vllm.config import VllmConfig
+from kvtwin.sim.vllm.simulate import simulate
 from kvtwin.traces.run import Run, RunInfo
 from kvtwin.traces.table import from_columns
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Final
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +14,12 @@ from kvtwin.sim.vllm.plan import StepPlan
 from kvtwin.sim.vllm.request import IntArray, Request
 from kvtwin.traces.schema import REQUESTS, STEPS
 
-Progress = Callable[[int], object]  # told how many more requests have finished
+# Columns of the workload's recording that say nothing of this run.
+_NOT_SIMULATED: Final = (
+    "client_first_token_ns", "client_finish_ns", "cached_host_tokens", "cached_storage_tokens",
+    "waiting_ns", "prefetch_ns", "running_ns", "swapped_ns",
+)  # fmt: skip
+
 UNKNOWN = -1  # a request's time stamp that has not been set
 
 
@@ -61,7 +67,7 @@ class RequestTimes:
         ):
             column = _as_numpy(values)[place]
             columns[name] = pa.array(column, mask=column == UNKNOWN)
-        for name in ("client_first_token_ns", "client_finish_ns"):  # no client is simulated
+        for name in _NOT_SIMULATED:
             columns[name] = pa.nulls(workload.num_rows, pa.int64())
         columns["num_preemptions"] = pa.array(_as_numpy(self.num_preemptions)[place])
         columns["instance"] = pa.array(np.zeros(workload.num_rows, np.int32))

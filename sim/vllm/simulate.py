@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from kvtwin.sim.config import VllmConfig, rules_version
 from kvtwin.sim.frontend import at_the_client, order_at_the_engine
 from kvtwin.sim.latency.base import LatencyModel
 from kvtwin.sim.latency.host import HostTime
-from kvtwin.sim.recorder import Progress
+from kvtwin.sim.progress import Progress
+from kvtwin.sim.vllm.config import VllmConfig, rules_version
 from kvtwin.sim.vllm.engine import Engine
 from kvtwin.sim.vllm.request import IntArray, RequestBook
 from kvtwin.traces.errors import InputError
