@@ -121,7 +121,7 @@ def test_another_document_gets_one_line(
         ("n", True, "checks[0].n: True is not a int"),
         ("error", "0.1", "checks[0].error: '0.1' is not a number or null"),
         ("error", 10**400, "is not a number or null"),
-        ("level", "fleet", "checks[0].level: 'fleet' is none of step, e2e, cache"),
+        ("level", "fleet", "checks[0].level: 'fleet' is none of step, scheduler, cache, e2e"),
         ("verdict", "", "checks[0].verdict: '' is none of pass, fail, not distinguishable, no gate"),
         ("interval", [1], "checks[0].interval: [1] is not [low, high] or null"),
         ("noise_floor", False, "checks[0].noise_floor: False is not a number or null"),
