@@ -6,7 +6,8 @@ import json
 import math
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,16 @@ from kvtwin.traces.errors import InputError
 from kvtwin.traces.files import write_text
 from kvtwin.traces.run import Run
 from kvtwin.validate import checks_json, junit
-from kvtwin.validate.result import PREDICTIONS, Check, Comparison, TargetReport
+from kvtwin.validate.result import (
+    PREDICTIONS,
+    Attribution,
+    Check,
+    Comparison,
+    Divergence,
+    Part,
+    ScheduleFinding,
+    TargetReport,
+)
 
 NAN = float("nan")
 HOSTILE = "</x><script>alert('\"&]]>')</script>\n\t\x00\x1b[31m\ud800"
@@ -88,6 +98,64 @@ def test_any_report_comes_back(
     assert [repr(check) for check in stored.checks] == [repr(check) for check in checks]
     assert stored.target == target
     assert stored.verdict == report.verdict
+
+
+SCHEDULES = (
+    ScheduleFinding("a", 10, 10, None, ("free blocks",)),
+    ScheduleFinding("b", 9, 4, Divergence(4, "order", {"batch": [["r1", 0, 8]]}, {"batch": [], "free": None}, 7)),
+)
+ATTRIBUTIONS = (
+    Attribution("a", "ttft_mean", "ms", 10.0, 11.0, (Part("cache", 0.02), Part("remainder", 0.08)), "cache", "n"),
+    Attribution("b", "ttft_mean", "ms", 10.0, 11.0, ()),
+)
+
+
+def test_schedules_and_attributions_come_back(report: TargetReport, tmp_path: Path) -> None:
+    full = replace(report, schedules=SCHEDULES, attributions=ATTRIBUTIONS)
+    stored = checks_json.read(checks_json.write(full, tmp_path / "checks.json"))
+    assert stored.schedules == SCHEDULES
+    assert stored.attributions == ATTRIBUTIONS
+
+
+def test_the_date_is_this_second_or_what_the_build_says(report: TargetReport, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SOURCE_DATE_EPOCH", raising=False)
+    age = datetime.now(UTC) - datetime.fromisoformat(checks_json.to_json(report)["created"])
+    assert timedelta(0) <= age < timedelta(minutes=1)
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    assert checks_json.to_json(report)["created"] == "2023-11-14T22:13:20Z"
+    assert checks_json.to_json(report) == checks_json.to_json(report)
+    for epoch in ("soon", "9" * 30):
+        monkeypatch.setenv("SOURCE_DATE_EPOCH", epoch)
+        with pytest.raises(InputError, match="not a number of seconds"):
+            checks_json.to_json(report)
+
+
+def test_an_older_file_has_no_date_and_no_causes(report: TargetReport, tmp_path: Path) -> None:
+    document = checks_json.to_json(replace(report, schedules=SCHEDULES, attributions=ATTRIBUTIONS))
+    for key in ("created", "schedules", "attributions"):
+        del document[key]
+    (tmp_path / "checks.json").write_text(json.dumps(document))
+    stored = checks_json.read(tmp_path / "checks.json")
+    assert (stored.created, stored.schedules, stored.attributions) == (None, (), ())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"created": "yesterday"}, "created: 'yesterday' is no date"),
+        ({"schedules": [{}]}, "schedules[0]: keys are []"),
+        ({"schedules": [asdict(SCHEDULES[0]) | {"not_judged": [1]}]}, "schedules[0].not_judged[0]: 1 is not a str"),
+        ({"schedules": [asdict(SCHEDULES[0]) | {"first": {"step": 1}}]}, "schedules[0].first: keys are ['step']"),
+        ({"attributions": [asdict(ATTRIBUTIONS[1]) | {"blamed": 3}]}, "attributions[0].blamed: 3 is not a str"),
+        ({"attributions": [asdict(ATTRIBUTIONS[1]) | {"parts": [[]]}]}, "attributions[0].parts[0]: [] is not a dict"),
+    ],
+)
+def test_bad_findings_get_one_line(report: TargetReport, tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    path = tmp_path / "checks.json"
+    path.write_text(json.dumps(checks_json.to_json(report) | change))
+    with pytest.raises(InputError) as error:
+        checks_json.read(path)
+    assert message in str(error.value)
 
 
 def test_what_json_cannot_say_is_our_own_mistake(report: TargetReport) -> None:
