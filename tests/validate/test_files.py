@@ -167,7 +167,7 @@ def test_what_json_cannot_say_is_our_own_mistake(report: TargetReport) -> None:
     ("change", "message"),
     [
         ({"schema_version": 2}, "schema_version: is 2; this kvtwin reads 1: make it again with kvtwin check"),
-        ({"verdict": "maybe"}, "verdict: is 'maybe'; expected pass or fail"),
+        ({"verdict": "maybe"}, "verdict: 'maybe' is none of pass, fail"),
         ({"checks": {}}, "checks: {} is not a list"),
         ({"checks": [[]]}, "checks[0]: [] is not a dict"),
         ({"target": None}, "target: None is not a dict"),
@@ -191,7 +191,7 @@ def test_another_document_gets_one_line(
         ("error", 10**400, "is not a number or null"),
         ("level", "fleet", "checks[0].level: 'fleet' is none of step, scheduler, cache, e2e"),
         ("verdict", "", "checks[0].verdict: '' is none of pass, fail, not distinguishable, no gate"),
-        ("interval", [1], "checks[0].interval: [1] is not [low, high] or null"),
+        ("interval", [1], "checks[0].interval: [1] is not a list of 2"),
         ("noise_floor", False, "checks[0].noise_floor: False is not a number or null"),
         ("colour", 1, "checks[0]: keys are"),
     ],
