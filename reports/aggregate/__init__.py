@@ -1,0 +1,1 @@
+"""What the pages draw, aggregated: runs of any size become a document of bounded size (figures.json)."""
