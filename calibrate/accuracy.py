@@ -90,5 +90,5 @@ def step_statistics(
         **{f"step_mape_{name}": stats.weighted_mean(size, regime == name) for name in REGIMES if name in regime},
         "step_bias": stats.ratio_of_sums(predicted, measured),
         "step_mean_error": stats.weighted_mean(error),
-        **{f"step_p{q}_ape": stats.weighted_quantile(size, q / 100) for q in (50, 90, 99)},
+        **{f"step_p{q}_ape": stats.quantile(size, q / 100) for q in (50, 90, 99)},
     }

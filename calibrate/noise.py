@@ -221,10 +221,9 @@ class _Matched:
 
     def values(self) -> dict[str, float]:
         """Every step metric of this pair, but those of a regime with too few steps."""
-        n = len(self.measured)
         statistics = step_statistics(self.measured, self.predicted, self.regime)
         rare = {f"step_mape_{name}" for name in REGIMES if np.count_nonzero(self.regime == name) < MIN_MATCHED}
-        return {name: stats.value_of(statistic, n) for name, statistic in statistics.items() if name not in rare}
+        return {name: statistic.value for name, statistic in statistics.items() if name not in rare}
 
 
 def _match(one: _Side, other: _Side) -> _Matched:

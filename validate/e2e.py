@@ -126,20 +126,16 @@ class _Side:
         """Requests with a known start and finish."""
         return np.isfinite(self.start_ns) & np.isfinite(self.finish_ns)
 
-    def completions(self, rows: Rows) -> tuple[FloatArray, FloatArray]:
-        """Seconds since the completion before (for the first one, since the first start), and its tokens."""
-        order = np.argsort(self.finish_ns[rows], kind="stable")
-        finish = self.finish_ns[rows][order]
-        gaps = np.diff(finish, prepend=self.start_ns[rows].min()) / NS_PER_S
-        return gaps, self.tokens[rows][order].astype(np.float64)
-
     def throughput(self, rows: Rows) -> float:
         """Output tokens per second between the first start and the last finish; NaN without either."""
         if not rows.any():
             return NAN
-        gaps, tokens = self.completions(rows)
-        span = float(gaps.sum())
-        return float(tokens.sum()) / span if span > 0 else NAN
+        span_s = float(self.finish_ns[rows].max() - self.start_ns[rows].min()) / NS_PER_S
+        return float(self.tokens[rows].sum()) / span_s if span_s > 0 else NAN
+
+    def gaps(self, rows: npt.NDArray[np.int64]) -> FloatArray:
+        """Nanoseconds from one of these completions to the next, the first one from the first start."""
+        return np.diff(self.finish_ns[rows], prepend=self.start_ns[rows].min())
 
 
 @dataclass(frozen=True)
@@ -153,12 +149,14 @@ class _Pair:
     seed: int
 
     def intervals(
-        self, key: str, influence: FloatArray, statistics: Mapping[str, Statistic]
+        self, key: str, influences: Sequence[FloatArray], statistics: Mapping[str, Statistic]
     ) -> tuple[dict[str, Interval], str]:
-        """Intervals, and how they came about; `influence`: each row's pull on the error, in order."""
-        length = stats.block_length(influence)
+        """Intervals, and how they came about; `influences`: each row's pull on an error, rows in order."""
+        length = max(stats.block_length(influence) for influence in influences)
         rng = stats.stream(self.seed, f"{self.name}/{key}")
-        return stats.bootstrap(len(influence), length, statistics, rng), f"interval from blocks of {length} requests"
+        return stats.bootstrap(
+            len(influences[0]), length, statistics, rng
+        ), f"interval from blocks of {length} requests"
 
     def check(self, metric: str, unit: str, found: _Finding, n: int, note: str) -> Check:
         """The Check of one metric, not yet judged."""
@@ -213,13 +211,13 @@ def _time_findings(pair: _Pair, time: str, known: Rows) -> tuple[dict[str, _Find
     """mean, p50, p90, p99 and per-request MAPE of the `known` requests, and how the intervals were made."""
     measured, simulated = pair.measured.times[time][known], pair.simulated.times[time][known]
     errors, positive = stats.relative_errors(measured, simulated), measured > 0
+    sizes = np.abs(np.where(positive, errors, 0.0))
     statistics = {
         "mean": stats.ratio_of_sums(simulated, measured),
         **{name: stats.quantile_ratio(measured, simulated, q) for name, q in QUANTILES.items()},
-        "mape": stats.weighted_mean(np.abs(np.where(positive, errors, 0.0)), positive),
+        "mape": stats.weighted_mean(sizes, positive),
     }
-    influence = _share(simulated) - _share(measured)
-    intervals, how = pair.intervals(time, influence, statistics)
+    intervals, how = pair.intervals(time, (_share(simulated) - _share(measured), sizes), statistics)
     repeats = [side.times[time] for side in pair.repeats]
     complete = np.isfinite(repeats).all(axis=0)
     repeats = [values[complete] for values in repeats]
@@ -229,21 +227,26 @@ def _time_findings(pair: _Pair, time: str, known: Rows) -> tuple[dict[str, _Find
         floor = noise.rms_floor([_summary(values, name) for values in repeats if values.size])
         interval = stats.usable(intervals[name], len(measured))
         findings[name] = _Finding(*values, stats.relative_error(*values), interval, floor)
-    error = stats.value_of(statistics["mape"], len(measured))
+    error = statistics["mape"].value
     interval = stats.usable(intervals["mape"], len(measured), size=True)
     findings["mape"] = _Finding(NAN, NAN, error, interval, noise.paired_floor(repeats))
     return findings, how
 
 
 def _throughput_check(pair: _Pair) -> Check:
-    """Output tokens per second. Its interval resamples completions: gaps between them, and their tokens."""
+    """Output tokens per second.
+
+    Both runs generate the same tokens, so the error is that of the span. Its interval resamples completions, each
+    request's with its own in the other run: what one run lags behind at one of them it mostly still lags at the next.
+    """
     known, simulated = pair.measured.served(), pair.simulated.served()
     n, notes = int(known.sum()), _gaps_in(known, np.ones(len(known), np.bool_), simulated)
     found = _Finding()
     if n and simulated[known].all():
-        one, two = pair.measured.completions(known), pair.simulated.completions(known)
-        influence = _share(two[0]) - _share(one[0])
-        intervals, how = pair.intervals("throughput", influence, {"rate": stats.rate_error(*one, *two)})
+        rows = np.flatnonzero(known)
+        rows = rows[np.argsort(pair.measured.finish_ns[rows], kind="stable")]
+        one, two = pair.measured.gaps(rows), pair.simulated.gaps(rows)
+        intervals, how = pair.intervals("throughput", (two - one,), {"rate": stats.ratio_of_sums(one, two)})
         values = (pair.measured.throughput(known), pair.simulated.throughput(known))
         floor = noise.rms_floor([side.throughput(side.served()) for side in pair.repeats])
         found = _Finding(*values, stats.relative_error(*values), stats.usable(intervals["rate"], n), floor)

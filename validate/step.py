@@ -83,7 +83,7 @@ def compare_steps(
     notes = _notes(table, length, dropped=predictions.num_rows - n)
     checks = []
     for metric, statistic in statistics.items():
-        error, count = stats.value_of(statistic, n), _count(metric, regime)
+        error, count = statistic.value, _count(metric, regime)
         check = Check(
             name,
             "step",
