@@ -18,6 +18,8 @@ from kvtwin.traces.errors import InputError
 _TOKENS_PER_KI: Final = 1024
 _NS_PER_S: Final = 1e9
 _NEXT_READING_S: Final = 1e-10
+# A server that starts at 0 has read its clock so often before it takes the first request.
+_FIRST_READINGS: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,7 @@ class HiRadixCache(RadixCache):
         self._storage = tree.storage = storage
         self._prefetches: dict[int, Prefetch] = {}
         self._prefetch_tokens = 0
-        self._instant_ns, self._first_reading = -1, 0
+        self._instant_ns, self._first_reading = 0, -_FIRST_READINGS
         # Prefetches may hold this much of the host memory that the device does not mirror.
         self._max_prefetch_tokens = int(0.8 * (tree.host.size - pool.size))
 
@@ -112,6 +114,7 @@ class HiRadixCache(RadixCache):
 
     def evict(self, num_tokens: int) -> None:
         """Free at least `num_tokens` of the device, if that many are evictable."""
+        self.advance(self._clock.now_ns)
         self._levels.evict(num_tokens)
 
     def init_load_back(self, request: SglangRequest) -> None:

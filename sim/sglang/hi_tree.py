@@ -259,8 +259,11 @@ class HiRadixTree(RadixTree):
         num_evicted = 0
         if num_tokens <= 0:
             return 0
+        offered_twice: set[TreeNode] = set()
         for node in self._queue.drain():
             if node.on_host:
+                if _is_cut_off(node):
+                    offered_twice.add(_parent(node))
                 self._leave_device(node)
                 num_evicted += node.length
             elif self._write_back:
@@ -276,6 +279,8 @@ class HiRadixTree(RadixTree):
                 self._queue.offer(parent)
             if num_evicted >= num_tokens:
                 break
+            if node in offered_twice or (parent in offered_twice and not parent.on_device):
+                raise UpstreamStopError("a node is evicted from the device twice: SGLang 0.5.9 stops here (write_back)")
         if self._write_back:
             self._finish_write_back()
         return num_evicted
@@ -318,7 +323,7 @@ class HiRadixTree(RadixTree):
             num_freed += node.length
             self.host.free(node.length)
             parent = _parent(node)
-            if parent.children.get(node.edge) is not node:
+            if _is_cut_off(node):
                 raise UpstreamStopError("a host node is dropped before its child: SGLang 0.5.9 stops here (write_back)")
             self.observer.dropped_from_host(node)
             del parent.children[node.edge]
@@ -334,7 +339,15 @@ class HiRadixTree(RadixTree):
     # -- host to device
 
     def load_back(self, node: TreeNode) -> TreeNode:
-        """Bring the path to a host node to the device, all of it or nothing; returns where the device's prefix ends."""
+        """Bring the path to a host node to the device, all of it or nothing; returns where the device's prefix ends.
+
+        Upstream's `load_back` protects only the ancestor on the device. Under write_back the eviction that makes room
+        copies nodes to the host, and where the host is full, `evict_host` may drop the very nodes that are about to be
+        loaded. They are loaded all the same, but nothing in the tree leads to them: the request inserts their slots a
+        second time, and from then on these are counted twice. 0.5.9 evicts a node that was cut off like any other (its
+        list of device leaves holds it), 0.5.6 never does (it looks for leaves from the root). SGLang goes on until its
+        self-check at the next idle moment (`SglangScheduler.note_idle`).
+        """
         path = []
         ancestor = node
         while not ancestor.on_device:
@@ -351,6 +364,7 @@ class HiRadixTree(RadixTree):
             return ancestor
         for part in path:
             part.on_device = True
+            part.alive = part.alive or self._rules.lists_host_leaves
             self._host_leaves.update(part)
         self.evictable += num_tokens
         self.inc_lock_ref(node)
@@ -389,6 +403,11 @@ class HiRadixTree(RadixTree):
 def _parent(node: TreeNode) -> TreeNode:
     assert node.parent is not None
     return node.parent
+
+
+def _is_cut_off(node: TreeNode) -> bool:
+    """Whether host eviction has taken a node out of the tree before it was loaded (see `load_back`)."""
+    return _parent(node).children.get(node.edge) is not node
 
 
 def _place(key: Runs, depth: int) -> tuple[int, int]:

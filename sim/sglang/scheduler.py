@@ -100,7 +100,7 @@ class SglangScheduler:
         """Nothing ran (`self_check_during_idle`).
 
         Raises:
-            UpstreamStopError: slots are neither free nor cached, as write_back of 0.5.6 can leave them.
+            UpstreamStopError: slots are counted twice, as write_back can leave them (`HiRadixTree.load_back`).
         """
         free, cached = self.pool.available, self.cache.evictable_size() + self.cache.protected_size()
         if free + cached != self.pool.size:
@@ -163,6 +163,8 @@ class SglangScheduler:
             self._init_next_round(self.chunked, match=False)
             self.chunked = adder.add_chunked_req(self.chunked)
         self._admit_waiting(adder)
+        # Requests preempted for one that could not be admitted after all are lost: upstream queues them again with a
+        # batch only (`get_new_batch_prefill`), and their clients wait for ever.
         return self._extend_batch(adder) if adder.can_run else None
 
     def _no_places(self) -> bool:

@@ -41,7 +41,8 @@ def simulate_sglang(
 ) -> Run:
     """Serve a workload's requests with one SGLang server; arguments as of `kvtwin.sim.vllm.simulate.simulate`.
 
-    Every request runs to its output length (`ignore_eos`), which is also its `max_new_tokens`.
+    Every request runs to its output length (`ignore_eos`), which is also its `max_new_tokens`. One that SGLang itself
+    loses (see `SglangScheduler`) has no finish_ns; the run's metric `num_lost` counts them.
 
     Raises:
         InputError: a request that the server would refuse, cut short, or never schedule.
@@ -73,7 +74,11 @@ def simulate_sglang(
         hash_block_tokens=workload.info.hash_block_tokens,
         engine_config=dataclasses.asdict(config),
         source=dict(source or {}),
-        metrics={"num_steps": engine.num_steps, "core_s": round(core_s, 6)},
+        metrics={
+            "num_steps": engine.num_steps,
+            "core_s": round(core_s, 6),
+            "num_lost": sum(not request.finished for request in requests),
+        },
     )
     return Run(info, tables, name="the simulated run")
 

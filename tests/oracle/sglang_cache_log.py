@@ -36,8 +36,8 @@ class CacheLog(CacheObserver):
         self._note("w", num_tokens, *_name(node))
 
     def loaded_back(self, node: TreeNode, num_tokens: int) -> None:
-        """Note a load back."""
-        self._note("l", num_tokens, *_name(node))
+        """Note a load back, and whether host eviction has cut its path off the tree."""
+        self._note("l", num_tokens, *_name(node), *([1] if is_cut_off(node) else []))
 
     def storing(self, node: TreeNode) -> None:
         """Note a backup to storage."""
@@ -72,6 +72,15 @@ def taken(noted: list[Any]) -> list[Any]:
     new = list(noted)
     noted.clear()
     return new
+
+
+def is_cut_off(node: TreeNode) -> bool:
+    """Whether a path that ends at a node is not to be found from the root."""
+    while (parent := node.parent) is not None:
+        if parent.children.get(node.edge) is not node:
+            return True
+        node = parent
+    return False
 
 
 def _name(node: TreeNode) -> list[int]:
