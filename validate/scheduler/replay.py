@@ -1,0 +1,173 @@
+"""Replay a recorded scheduler log through the simulated scheduler, so that only decisions differ.
+
+The simulated scheduler is called when the recorded one was, with the requests that had reached the engine by then, and
+gets a batch's tokens when the recorded one got those of its batch. Neither step times nor host times are simulated, so
+a scheduler that once decided otherwise is not late for ever: it meets the recording again as soon as its queues do.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.compute as pc
+
+from kvtwin.sim.sglang.config import SglangConfig
+from kvtwin.sim.vllm.config import VllmConfig
+from kvtwin.traces.errors import InputError
+from kvtwin.traces.run import Run
+from kvtwin.validate.scheduler.slots import Slots, read_slots
+
+IntArray = npt.NDArray[np.int64]
+EngineConfig = VllmConfig | SglangConfig
+
+NOTES: Final = "replay_notes"  # key of RunInfo.source: what the replay had to assume
+
+
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """When a step was scheduled, started, ended, and its tokens taken in, in ns."""
+
+    sched_ns: int
+    start_ns: int
+    end_ns: int
+    update_ns: int
+
+
+class ReplayEngine(Protocol):
+    """A simulated scheduler whose clock somebody else holds. Requests are named by their row."""
+
+    depth: int
+    """Most batches in flight: 2 where a step is scheduled before the tokens of the one before are known."""
+
+    def add(self, row: int, time_ns: int) -> None:
+        """A request has reached the engine."""
+
+    def schedule(self, times: StepTimes) -> bool:
+        """Call the scheduler; whether it formed a batch."""
+
+    def update(self, time_ns: int) -> None:
+        """The oldest batch in flight has run."""
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request waits or runs."""
+
+    def run(self) -> Run:
+        """What was decided."""
+
+
+def replay_schedule(measured: Run, config: EngineConfig) -> Run:
+    """Serve a recording's requests with the simulated scheduler, at the recording's own times.
+
+    Args:
+        measured: a recorded (or simulated) run with steps, of one engine; it may begin or end in the middle.
+        config: the engine's settings.
+
+    Returns:
+        A simulated Run with steps; a request that the log leaves unfinished has no `finish_ns`. What had to be assumed
+        is listed in `info.source["replay_notes"]`.
+
+    Raises:
+        InputError: no steps, several instances, or requests that the engine would refuse.
+        KvtwinError: SGLang itself would stop.
+    """
+    _refuse_many_instances(measured)
+    if isinstance(config, VllmConfig):
+        from kvtwin.validate.scheduler.replay_vllm import VllmReplay
+
+        slots = read_slots(measured, asynchronous=config.async_scheduling)
+        vllm = VllmReplay(measured, config)
+        return _drive(vllm, measured, slots, (), ())
+    from kvtwin.validate.scheduler.replay_sglang import SglangReplay
+
+    slots = read_slots(measured, asynchronous=not config.disable_overlap_schedule)
+    sglang = SglangReplay(measured, config)
+    return _drive(sglang, measured, slots, (), ())
+
+
+def queued_ns(measured: Run) -> IntArray:
+    """When each request reached the engine's queue: when its loop took it, else when the client sent it."""
+    requests = measured.requests
+    times: IntArray = pc.coalesce(requests.column("queued_ns"), requests.column("arrival_ns")).to_numpy()
+    return times
+
+
+def _refuse_many_instances(run: Run) -> None:
+    if not run.steps.num_rows:
+        raise InputError("the steps table is empty", path=run.path)
+    if len(pc.unique(run.steps.column("instance").drop_null())) > 1:
+        raise InputError("steps of several instances: compare one engine at a time", path=run.path, column="instance")
+
+
+class _Loop:
+    """The engine's loop, with the recording's clock."""
+
+    def __init__(self, engine: ReplayEngine, measured: Run, rows: IntArray) -> None:
+        queued = queued_ns(measured)
+        order = rows[np.argsort(queued[rows], kind="stable")]
+        self._engine = engine
+        self._coming = deque(zip(order.tolist(), queued[order].tolist(), strict=True))
+        self._in_flight: deque[StepTimes] = deque()
+        self._now_ns = -(1 << 62)
+
+    def take(self, times: StepTimes) -> None:
+        """A schedule() call that the recording shows."""
+        may_try = self._engine.depth > 1
+        while self._in_flight and self._in_flight[0].update_ns <= times.sched_ns:
+            if may_try and len(self._in_flight) < self._engine.depth:
+                # The real loop tried to fill its queue of batches before it waited, and had nothing to schedule.
+                update_ns = self._in_flight[0].update_ns
+                may_try = not self._call(StepTimes(self._now_ns, update_ns, update_ns, update_ns))
+            self._update()
+        self._now_ns = times.sched_ns
+        self._call(times)
+
+    def take_missing(self, following: StepTimes, is_last: bool) -> None:
+        """A schedule() call that the recording lacks, some time before the step that follows."""
+        while len(self._in_flight) >= self._engine.depth:
+            self._update()
+        in_flight_after = is_last and self._engine.depth > 1
+        update_ns = following.sched_ns + 1 if in_flight_after else following.sched_ns
+        self._call(StepTimes(self._now_ns, self._now_ns, following.start_ns, update_ns))
+
+    def drain(self) -> None:
+        """The log ends: what is in flight still runs."""
+        while self._in_flight:
+            self._update()
+
+    def _call(self, times: StepTimes) -> bool:
+        self._add_arrived()
+        formed = self._engine.schedule(times)
+        if formed:
+            self._in_flight.append(times)
+        return formed
+
+    def _update(self) -> None:
+        self._now_ns = max(self._now_ns, self._in_flight.popleft().update_ns)
+        self._engine.update(self._now_ns)
+        if not self._in_flight and self._engine.is_idle:
+            self._call(StepTimes(self._now_ns, self._now_ns, self._now_ns, self._now_ns))
+
+    def _add_arrived(self) -> None:
+        while self._coming and self._coming[0][1] <= self._now_ns:
+            self._engine.add(*self._coming.popleft())
+
+
+def _drive(engine: Any, measured: Run, slots: Slots, begun: Sequence[int], notes: Sequence[str]) -> Run:
+    rows = np.setdiff1d(np.arange(measured.requests.num_rows), np.array(begun, np.int64))
+    loop = _Loop(engine, measured, rows)
+    columns = (slots.sched_ns, slots.start_ns, slots.end_ns, slots.update_ns, slots.num_missing)
+    for sched_ns, start_ns, end_ns, update_ns, num_missing in zip(*(c.tolist() for c in columns), strict=True):
+        times = StepTimes(sched_ns, start_ns, end_ns, max(update_ns, sched_ns))
+        for left in range(num_missing, 0, -1):
+            loop.take_missing(times, left == 1)
+        loop.take(times)
+    loop.drain()
+    run: Run = engine.run()
+    run.info.source[NOTES] = [*slots.notes, *notes]  # type: ignore[index]
+    return run

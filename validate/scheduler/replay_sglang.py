@@ -1,0 +1,74 @@
+"""SGLang's simulated scheduler under a recorded clock."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+
+from kvtwin.sim.latency.linear import LinearLatency
+from kvtwin.sim.sglang.config import SglangConfig, rules_version
+from kvtwin.sim.sglang.engine import Launched
+from kvtwin.sim.sglang.record import Recorder
+from kvtwin.sim.sglang.simulate import build_engine, build_requests
+from kvtwin.traces.run import Run, RunInfo
+from kvtwin.validate.scheduler.replay import StepTimes
+
+_NO_LATENCY = LinearLatency(1, 0, 0, 0)  # never asked: the recording says how long a step takes
+
+
+class SglangReplay:
+    """See `replay.ReplayEngine`."""
+
+    def __init__(self, measured: Run, config: SglangConfig) -> None:
+        self._measured, self._config = measured, config
+        self.depth = 1 if config.disable_overlap_schedule else 2
+        self._requests = build_requests(measured, config)
+        self._recorder = Recorder(len(self._requests), record_steps=True)
+        engine = build_engine(config, _NO_LATENCY, observer=self._recorder)
+        self._scheduler = self._recorder.scheduler = engine.scheduler
+        self._clock = engine.clock
+        self._in_flight: deque[Launched] = deque()
+
+    def add(self, row: int, time_ns: int) -> None:
+        """See `ReplayEngine`."""
+        self._recorder.arrived(self._requests[row], time_ns)
+        self._scheduler.add(self._requests[row])
+
+    def schedule(self, times: StepTimes) -> bool:
+        """See `ReplayEngine`."""
+        self._clock.advance(times.sched_ns)
+        batch = self._scheduler.next_batch()
+        if batch is None:
+            if not self._in_flight:
+                self._scheduler.note_idle()
+            return False
+        step = Launched(batch, times.sched_ns, times.start_ns, times.end_ns)
+        self._recorder.launched(step)
+        self._in_flight.append(step)
+        return True
+
+    def update(self, time_ns: int) -> None:
+        """See `ReplayEngine`."""
+        self._clock.advance(time_ns)
+        step = self._in_flight.popleft()
+        self._recorder.processed(step, self._scheduler.process(step.batch), time_ns)
+
+    @property
+    def is_idle(self) -> bool:
+        """See `ReplayEngine`."""
+        scheduler = self._scheduler
+        return not scheduler.waiting and scheduler.chunked is None and all(r.finished for r in scheduler.running)
+
+    def run(self) -> Run:
+        """See `ReplayEngine`."""
+        info = RunInfo(
+            kind="simulated",
+            engine=f"sglang {self._config.version} (rules of {rules_version(self._config.version)})",
+            hardware=self._measured.info.hardware,
+            model=self._measured.info.model,
+            hash_block_tokens=self._measured.info.hash_block_tokens,
+            engine_config=dataclasses.asdict(self._config),
+            source={},
+        )
+        tables = self._recorder.tables(self._measured.requests, self._requests)
+        return Run(info, tables, name="the replayed run")

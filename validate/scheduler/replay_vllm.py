@@ -1,0 +1,108 @@
+"""vLLM's simulated scheduler under a recorded clock."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+
+import numpy as np
+
+from kvtwin.sim.vllm.block_pool import BlockPool, Pool
+from kvtwin.sim.vllm.config import VllmConfig, rules_version
+from kvtwin.sim.vllm.counted_pool import CountedPool
+from kvtwin.sim.vllm.plan import StepPlan
+from kvtwin.sim.vllm.recorder import RequestTimes, StepLog, StepRows
+from kvtwin.sim.vllm.request import IntArray
+from kvtwin.sim.vllm.scheduler import VllmScheduler
+from kvtwin.sim.vllm.simulate import build_requests
+from kvtwin.traces.run import Run, RunInfo
+from kvtwin.validate.scheduler.replay import StepTimes, queued_ns
+
+_MAX_EMPTY_CALLS = 1000  # with the priority policy a request can preempt itself; the engine then calls again
+
+
+class VllmReplay:
+    """See `replay.ReplayEngine`.
+
+    Attributes:
+        depth: batches in flight.
+        begun: rows of the requests that the engine had before the log begins: running already, or gone.
+        notes: what had to be assumed of them.
+    """
+
+    def __init__(self, measured: Run, config: VllmConfig) -> None:
+        self._measured, self._config = measured, config
+        self.depth = 2 if config.async_scheduling else 1
+        self._rows: IntArray = np.argsort(queued_ns(measured), kind="stable")
+        self._place = np.argsort(self._rows).tolist()
+        self._book = build_requests(measured, config, None, self._rows)
+        self._scheduler = VllmScheduler(config, self._book, _pool(config))
+        self._times, self._log = RequestTimes(len(self._book)), StepLog()
+        self._in_flight: deque[tuple[StepPlan, StepTimes]] = deque()
+
+    def add(self, row: int, time_ns: int) -> None:
+        """See `ReplayEngine`."""
+        self._times.queued[self._place[row]] = time_ns
+        self._scheduler.waiting.append(self._place[row])
+
+    def schedule(self, times: StepTimes) -> bool:
+        """See `ReplayEngine`."""
+        for _ in range(_MAX_EMPTY_CALLS):
+            plan = self._scheduler.schedule()
+            self._times.note_plan(plan, times.sched_ns)
+            if not plan.is_empty:
+                self._in_flight.append((plan, times))
+                return True
+            if not plan.preempted:
+                break
+        return False
+
+    def update(self, time_ns: int) -> None:
+        """See `ReplayEngine`."""
+        plan, times = self._in_flight.popleft()
+        finished = self._scheduler.update(plan)
+        self._times.note_tokens(plan, finished, time_ns)
+        self._log.add(
+            StepRows(
+                requests=[request.row for request in plan.requests],
+                cache_lens=plan.cache_lens,
+                input_lens=plan.input_lens,
+                preempted=[request.row for request in plan.preempted],
+                finished=[request.row for request in finished],
+                num_waiting=plan.num_waiting,
+                num_running=plan.num_running,
+                num_free_blocks=[plan.num_free_blocks],
+                num_evicted_blocks=[plan.num_evicted_blocks],
+                times_ns=[(times.sched_ns, times.start_ns, times.end_ns, time_ns)],
+            )
+        )
+
+    @property
+    def is_idle(self) -> bool:
+        """See `ReplayEngine`."""
+        return not self._scheduler.has_unfinished
+
+    def run(self) -> Run:
+        """See `ReplayEngine`."""
+        info = RunInfo(
+            kind="simulated",
+            engine=f"vllm {self._config.version} (rules of {rules_version(self._config.version)})",
+            hardware=self._measured.info.hardware,
+            model=self._measured.info.model,
+            hash_block_tokens=self._measured.info.hash_block_tokens,
+            engine_config=dataclasses.asdict(self._config),
+            source={},
+        )
+        tables = {
+            "requests": self._times.table(self._measured.requests, self._rows),
+            "steps": self._log.table(self._rows),
+        }
+        return Run(info, tables, name="the replayed run")
+
+
+def _pool(config: VllmConfig) -> Pool:
+    if not config.enable_prefix_caching:
+        return CountedPool(config.num_gpu_blocks)
+    return BlockPool(
+        config.num_gpu_blocks, enable_prefix_caching=True, reuse_uncached_first=config.rules.reuse_uncached_first
+    )
