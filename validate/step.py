@@ -78,7 +78,8 @@ def compare_steps(
     measured, predicted = (table.column(key).to_numpy().astype(np.float64) for key in ("measured_ns", "predicted_ns"))
     regime = np.array(table.column("regime").to_pylist())
     statistics = step_statistics(measured, predicted, regime)
-    length = stats.block_length(stats.relative_errors(measured, predicted))
+    errors = stats.relative_errors(measured, predicted)
+    length = max(stats.block_length(errors), stats.block_length(np.abs(errors)))
     intervals = stats.bootstrap(n, length, statistics, stats.stream(seed, f"{name}/step"))
     notes = _notes(table, length, dropped=predictions.num_rows - n)
     checks = []
