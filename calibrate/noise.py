@@ -114,6 +114,25 @@ def step_floor(runs: Sequence[Run]) -> StepFloor | None:
     return StepFloor(metrics, num_pairs / possible, num_pairs, drift)
 
 
+def alike_steps(run: Run, other: Run) -> IntArray:
+    """For each step of one run the row of the alike step of another (see `step_floor`), -1 where there is none.
+
+    Of several that are equally near, the one at the same place wins: two runs of one schedule are compared in step.
+
+    Raises:
+        InputError: a run has no steps table.
+    """
+    one, two = _Side.of(run), _Side.of(other)
+    rows, other_rows = (np.flatnonzero(durations_ns(side.steps) > 0) for side in (run, other))
+    nearest, alike = _nearest(one, two)
+    both = min(len(rows), len(other_rows))
+    same = (one.shape[:both] == two.shape[:both]).all(axis=1) & (one.context[:both] == two.context[:both])
+    nearest[:both] = np.where(same, np.arange(both), nearest[:both])
+    found = np.full(run.steps.num_rows, -1, np.int64)
+    found[rows[alike]] = other_rows[nearest[alike]]
+    return found
+
+
 @dataclass(frozen=True)
 class RunFloor:
     """What one recording's steps allow a model to reach, in MAPE, from the widest floor to the narrowest.

@@ -12,9 +12,11 @@ import pyarrow as pa
 
 from kvtwin.calibrate import stats
 from kvtwin.calibrate.accuracy import SIGNED, step_statistics
-from kvtwin.calibrate.noise import MIN_MATCHED
+from kvtwin.calibrate.noise import MIN_MATCHED, alike_steps
 from kvtwin.calibrate.stats import FloatArray
 from kvtwin.sim.latency.stats import REGIMES, BatchStats, durations_ns
+from kvtwin.traces.errors import InputError
+from kvtwin.traces.run import Run
 from kvtwin.traces.time import to_ms
 from kvtwin.validate.gates import NO_GATES, Gates, judge
 from kvtwin.validate.result import PREDICTIONS, Check
@@ -48,6 +50,25 @@ def build_predictions(
         "extrapolated": pa.nulls(steps.num_rows, pa.bool_()) if extrapolated is None else extrapolated,
     }
     return pa.table(columns, schema=PREDICTIONS)
+
+
+def predictions_of_run(measured: Run, predicted: Run) -> tuple[pa.Table, str]:
+    """The same, where the prediction is another run: each step beside the alike step of the other run.
+
+    Returns:
+        The table of schema PREDICTIONS, of the steps that have an alike one, and what a reader must know about it.
+
+    Raises:
+        InputError: a run has no steps, or no two steps are alike.
+    """
+    rows = alike_steps(measured, predicted)
+    found = rows >= 0
+    if not found.any():
+        problem = f"no step has a batch like one of {predicted.path or 'the predicted run'}: other engine settings?"
+        raise InputError(problem, path=measured.path, column="steps")
+    steps = measured.steps.filter(pa.array(found))
+    note = f"{found.mean():.1%} of the steps have one with an alike batch in the other run"
+    return build_predictions(steps, durations_ns(predicted.steps)[rows[found]]), note
 
 
 def compare_steps(

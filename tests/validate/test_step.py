@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import kvtwin.traces
+from kvtwin.sim.latency.stats import durations_ns
+from kvtwin.traces.errors import InputError
+from kvtwin.traces.readers import read_run
+from kvtwin.traces.run import Run
 from kvtwin.traces.table import from_columns
 from kvtwin.validate.gates import METRICS, parse_gates
 from kvtwin.validate.result import PREDICTIONS, Check
-from kvtwin.validate.step import build_predictions, compare_steps
+from kvtwin.validate.step import build_predictions, compare_steps, predictions_of_run
+
+RUNS = Path(kvtwin.traces.__path__[0]) / "targets" / "vllm-cpu-tiny" / "runs"
 
 members = st.tuples(st.integers(0, 300), st.sampled_from([1, 1, 2, 17]))
 batch_lists = st.lists(st.lists(members, min_size=1, max_size=5), min_size=1, max_size=12)
@@ -155,3 +164,30 @@ def test_extrapolated_is_kept(make_steps: Callable[..., dict[str, Any]]) -> None
     table = build_predictions(steps, np.array([11, 19]), np.array([False, True]))
     assert table.schema.equals(PREDICTIONS)
     assert table["extrapolated"].to_pylist() == [False, True]
+
+
+def test_steps_of_another_run_are_matched_by_their_batches() -> None:
+    one, two = read_run(RUNS / "poisson_1"), read_run(RUNS / "poisson_2")
+    itself, note = predictions_of_run(one, one)
+    assert note.startswith("100.0%")
+    assert itself.column("measured_ns").equals(itself.column("predicted_ns"))
+    other, note = predictions_of_run(one, two)
+    assert 0 < other.num_rows < one.steps.num_rows
+    assert note.startswith(f"{other.num_rows / one.steps.num_rows:.1%}")
+    slower = two.steps.set_column(
+        two.steps.schema.get_field_index("end_ns"),
+        "end_ns",
+        pc.add(two.steps.column("start_ns"), pc.multiply(durations_ns(two.steps), 2)),
+    )
+    twice, _ = predictions_of_run(one, Run(two.info, {"requests": two.requests, "steps": slower}))
+    assert twice.column("predicted_ns").to_pylist() == [2 * x for x in other.column("predicted_ns").to_pylist()]
+
+
+def test_runs_without_alike_batches_are_refused() -> None:
+    run = read_run(RUNS / "poisson_1")
+    column = run.steps.column("input_len")
+    longer = pa.ListArray.from_arrays(column.combine_chunks().offsets, pc.add(column.combine_chunks().values, 999))
+    index = run.steps.schema.get_field_index("input_len")
+    other = Run(run.info, {"requests": run.requests, "steps": run.steps.set_column(index, "input_len", longer)})
+    with pytest.raises(InputError, match="no step has a batch like"):
+        predictions_of_run(run, other)
