@@ -4,6 +4,7 @@
 ttft = 0.05                                          # mean, p50, p90 and p99 of TTFT: at most 5 % off
 ttft_p99 = 0.10                                      # the more specific name wins
 step_mape = { max_error = 0.10, floor_factor = 1.5 } # the larger of 10 % and 1.5 x the noise floor
+tpot = { max_error = 0.05, max_drift = 0.01 }        # and at most one point worse than the accepted report
 """
 
 from __future__ import annotations
@@ -21,12 +22,17 @@ from kvtwin.validate.result import Check, Verdict
 
 TIMES: Final = ("ttft", "tpot", "latency")
 STATISTICS: Final = ("mean", "p50", "p90", "p99")
+QUEUES: Final = ("waiting", "prefetch", "running", "swapped")
+SIZES: Final = ("batch_size", "step_tokens")
 
 # A family's gate holds for each of its members. The per-request MAPE is in no family: it is several times the error
 # of a mean, so one number cannot serve both.
 FAMILIES: Final[Mapping[str, tuple[str, ...]]] = {
     **{time: tuple(f"{time}_{statistic}" for statistic in STATISTICS) for time in TIMES},
     "step_mape": tuple(f"step_mape_{regime}" for regime in REGIMES),
+    "queue_time": tuple(f"{queue}_time" for queue in QUEUES),
+    "order": ("admission_order", "first_token_order", "finish_order"),
+    **{size: tuple(f"{size}_{statistic}" for statistic in (*STATISTICS, "distance")) for size in SIZES},
 }
 
 MAX_ERROR: Final = 1.0
@@ -43,6 +49,9 @@ METRICS: Final = (
     "step_p50_ape",
     "step_p90_ape",
     "step_p99_ape",
+    "identical_steps",
+    "free_blocks",
+    *(name for family in ("queue_time", "order", *SIZES) for name in FAMILIES[family]),
 )
 
 
@@ -53,10 +62,13 @@ class Gate:
     Attributes:
         max_error: as a fraction of the measurement (0.05 is 5 %).
         floor_factor: multiples of the noise floor; 0 ignores it. Without repeats only `max_error` counts.
+        max_drift: how much larger the error may be than in the accepted report (`kvtwin check --baseline`), as a
+            fraction of the measurement; None for as much as `max_error` allows.
     """
 
     max_error: float
     floor_factor: float = 0.0
+    max_drift: float | None = None
 
     def threshold(self, noise_floor: float | None) -> float:
         """The largest |error| allowed for a metric with this noise floor."""
@@ -111,20 +123,24 @@ def _verdict(error: float, noise_floor: float | None, threshold: float | None) -
 
 def _gate(name: str, value: Any, path: str | PathLike[str] | None) -> Gate:
     column = f"gates.{name}"
-    known = (*METRICS, *(family for family in FAMILIES if family not in METRICS))
-    if name not in known:
-        close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)
+    metrics = (*METRICS, *(family for family in FAMILIES if family not in METRICS))
+    if name not in metrics:
+        close = difflib.get_close_matches(str(name), metrics, n=1, cutoff=0.0)
         raise InputError(f"unknown metric; did you mean {close[0]!r}?", path=path, column=column)
     if not isinstance(value, Mapping):
         return Gate(_number(value, path, column, limit=MAX_ERROR))
-    unknown = sorted(str(key) for key in value if key not in ("max_error", "floor_factor"))
+    known = ("max_error", "floor_factor", "max_drift")
+    unknown = sorted(str(key) for key in value if key not in known)
     if unknown:
-        problem = f"unknown key {unknown[0]!r}; known: max_error, floor_factor"
+        problem = f"unknown key {unknown[0]!r}; known: {', '.join(known)}"
         raise InputError(problem, path=path, column=column)
     if "max_error" not in value:
         raise InputError("max_error is missing: it holds where there is no noise floor", path=path, column=column)
     factor = _number(value.get("floor_factor", 0.0), path, f"{column}.floor_factor", limit=MAX_FACTOR)
-    return Gate(_number(value["max_error"], path, f"{column}.max_error", limit=MAX_ERROR), factor)
+    drift = value.get("max_drift")
+    if drift is not None:
+        drift = _number(drift, path, f"{column}.max_drift", limit=MAX_ERROR)
+    return Gate(_number(value["max_error"], path, f"{column}.max_error", limit=MAX_ERROR), factor, drift)
 
 
 def _number(value: Any, path: str | PathLike[str] | None, column: str, limit: float) -> float:

@@ -94,9 +94,12 @@ class Divergence:
 
     Attributes:
         step: row of the measured run's `steps`.
-        what: the first thing that differs: "batch", "order", "preempted", "finished", "free blocks" ...
-        measured, simulated: the step as each decided it: batch (request_id, cache_len, input_len per member),
-            preempted, finished, num_waiting, num_running, num_free_blocks; plain values that JSON can hold.
+        what: the first thing that differs: "members" (who is in the batch), "cache_len", "input_len", "order",
+            "preempted", "finished", "step not simulated" or "step not recorded" (only one of the two has the step) or
+            "free blocks".
+        measured, simulated: the step as each decided it: step (its row), batch (request_id, cache_len, input_len per
+            member), preempted, finished, num_waiting, num_running, num_free_blocks; plain values that JSON can hold,
+            null where unknown; empty where that run has no such step.
         resync_step: the first later step from which both agree again; None if they never do.
     """
 
@@ -113,9 +116,12 @@ class ScheduleFinding:
 
     Attributes:
         run: name of the recorded run.
-        num_steps, num_identical: steps compared; those with the same decision.
+        num_steps, num_identical: steps compared, those that only one of the two took included; those with the same
+            decision.
         first: the first divergence; None where there is none.
-        not_judged: what the log does not hold, and so could not be compared, in words.
+        not_judged: what the log does not hold, and so could not be compared, or had to be assumed, in words.
+        num_episodes, longest_episode: how often the two part, and the longest time they stay apart, in steps.
+        first_free_blocks: the first identical step that leaves another number of blocks free; None where there is none.
     """
 
     run: str
@@ -123,6 +129,9 @@ class ScheduleFinding:
     num_identical: int
     first: Divergence | None
     not_judged: tuple[str, ...] = ()
+    num_episodes: int = 0
+    longest_episode: int = 0
+    first_free_blocks: Divergence | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +170,29 @@ class Attribution:
     note: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """How one error changed since the accepted report.
+
+    Attributes:
+        run, metric: which check.
+        before, now: its signed error then and now; NaN where there was or is none.
+        moved: "measured", "simulated" or both: which value of the comparison changed; "" if neither (a MAPE).
+        since: date of the first report from which on all show it; None where only this check does.
+        allowed: how much the gate lets the error grow, as a fraction of the measurement; None without such a gate.
+        verdict: "fail" beyond the gate, "worse" or "better" without one, "new" or "gone" where one side has no check.
+    """
+
+    run: str
+    metric: str
+    before: float
+    now: float
+    moved: str
+    since: str | None
+    allowed: float | None
+    verdict: Literal["fail", "worse", "better", "new", "gone"]
+
+
 @dataclass(frozen=True)
 class TargetReport:
     """Everything that one `kvtwin check` of one target found.
@@ -173,6 +205,7 @@ class TargetReport:
         provenance: kvtwin version, command, date of the data, digests of the inputs, seed.
         schedules: scheduler logs beside the simulated scheduler, one per recorded run with steps.
         attributions: the causes of the end-to-end errors, by run and metric.
+        drifts: what changed since the accepted report; empty without `--baseline`.
     """
 
     target: Mapping[str, str]
@@ -182,8 +215,10 @@ class TargetReport:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     schedules: tuple[ScheduleFinding, ...] = ()
     attributions: tuple[Attribution, ...] = ()
+    drifts: tuple[Drift, ...] = ()
 
     @property
     def verdict(self) -> Literal["pass", "fail"]:
         """Fail if any gate failed."""
-        return "fail" if any(check.verdict == "fail" for check in self.checks) else "pass"
+        verdicts = {*(check.verdict for check in self.checks), *(drift.verdict for drift in self.drifts)}
+        return "fail" if "fail" in verdicts else "pass"
