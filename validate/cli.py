@@ -1,4 +1,4 @@
-"""`kvtwin validate step|e2e|cache`: two runs, or a run and a profile, compared. (`kvtwin check` is in reports/.)"""
+"""`kvtwin validate step|scheduler|cache|e2e`: two runs compared, or a run and a profile. (`kvtwin check` is in reports/.)"""
 
 from __future__ import annotations
 
@@ -39,7 +39,17 @@ def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
     cache.add_argument("--policy", default="lru", help="eviction policy of the replay (default: lru)")
     cache.set_defaults(run=_cache)
     cache.add_argument("--json", action="store_true", help="print one JSON document")
-    for level in (e2e, step):
+    scheduler = levels.add_parser("scheduler", help="decisions, step by step: a recorded run with steps, and an engine")
+    scheduler.add_argument("measured", type=Path, help="recorded run with steps, of vLLM or SGLang")
+    scheduler.add_argument(
+        "predicted",
+        type=Path,
+        nargs="?",
+        help="engine settings (.toml, .json) to replay the recording on, at its own step times; or another run with "
+        "steps (default: the engine that the recording names)",
+    )
+    scheduler.set_defaults(run=_scheduler)
+    for level in (e2e, step, scheduler):
         level.add_argument("--seed", type=int, default=0, help="of the bootstrap intervals (default: 0)")
         level.add_argument("--json", action="store_true", help="print one JSON document")
 
@@ -87,6 +97,25 @@ def _cache(args: argparse.Namespace) -> int:
     else:
         predicted = replay_events(measured, args.capacity, args.policy)
     _print(compare_cache(measured, predicted, name=args.measured.name), args)
+    return 0
+
+
+def _scheduler(args: argparse.Namespace) -> int:
+    from kvtwin.traces.readers import read_run
+    from kvtwin.validate.plain import to_plain
+    from kvtwin.validate.scheduler.compare import compare_schedulers
+    from kvtwin.validate.scheduler.predicted import predicted_run
+    from kvtwin.validate.scheduler.text import describe
+
+    measured = read_run(args.measured)
+    predicted = predicted_run(measured, args.predicted)
+    finding, checks = compare_schedulers(measured, predicted, name=args.measured.name, seed=args.seed)
+    if args.json:
+        print(json.dumps(to_plain({"checks": checks, "schedule": finding}), allow_nan=False))
+        return 0
+    for line in describe(finding):
+        print(line)
+    _print(checks, args)
     return 0
 
 

@@ -52,6 +52,7 @@ VLLM_RULES: Mapping[str, VllmRules] = MappingProxyType(
 _WITHOUT_EFFECT = {
     "model", "dtype", "kv_cache_dtype", "seed", "load_format", "gpu_memory_utilization", "skip_tokenizer_init",
     "disable_log_stats", "enforce_eager", "data_parallel_size", "enable_expert_parallel", "hash_id_tokens",
+    "latency_ns", "comment",
 }  # fmt: skip
 # ... unless they are set to something that would change the decisions.
 _ONLY = {"data_parallel_size": 1, "enable_expert_parallel": False}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,6 @@ from kvtwin.traces.run import Run
 # The Makefile sets PYTHONSAFEPATH, which keeps a script's own folder out of the search path.
 sys.path.insert(0, str(Path(__file__).parent))
 
-# What a case's config.json leaves out: DEFAULTS of oracle/drive_scheduler.py.
-_DEFAULTS: Mapping[str, Any] = {
-    "num_gpu_blocks": 4096, "block_size": 16, "max_num_seqs": 128, "max_num_batched_tokens": 2048,
-    "max_model_len": 8192, "enable_chunked_prefill": True, "enable_prefix_caching": False,
-    "long_prefill_token_threshold": 0, "policy": "fcfs", "watermark": 0.0, "scheduler_reserve_full_isl": True,
-    "async_scheduling": False,
-}  # fmt: skip
 _LATENCY_NS = {"base": 6_000_000, "per_new_token": 25_000, "per_context_token": 20, "per_req": 10_000}
 
 _STEP_COLUMNS = (
@@ -89,8 +82,7 @@ def simulate_case(case: Path, recorded: Run, *, plain: bool = False) -> Run:
     """The twin's run of a case; `plain` takes every step by itself."""
     settings = dict(recorded.info.engine_config)
     prices = {**_LATENCY_NS, **settings.pop("latency_ns", {})}
-    settings.pop("comment", None)
-    config: VllmConfig = vllm_config({**_DEFAULTS, **settings, "version": version_of(case)}, case / "config.json")
+    config: VllmConfig = vllm_config({**settings, "version": version_of(case)}, case / "config.json")
     latency = LinearLatency(*(prices[name] for name in ("base", "per_new_token", "per_context_token", "per_req")))
     return simulate(recorded, config, latency, plain=plain)
 

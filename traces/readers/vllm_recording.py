@@ -9,14 +9,14 @@
 Two clocks meet in an engine recording (origin: the start of the run). `arrival_ns` is when the client sent the
 request (`due_s`); `queued_ns` when the scheduler got it (the file's `arrival_ns`). First token and finish are there
 twice: `client_*` as the client saw them, and as the engine had them, from the steps (when the scheduler had taken the
-token in). An oracle log has one, virtual clock, and no input queue: its `queued_ns` is null.
+token in). An oracle log has one, virtual clock, and no input queue: its `queued_ns` is null. Its engine settings are those of its driver where config.json has none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from kvtwin.traces.errors import InputError
 from kvtwin.traces.readers import kvtwin_jsonl
@@ -35,7 +35,13 @@ from kvtwin.traces.table import from_columns
 from kvtwin.traces.time import from_seconds
 
 _DEFAULT_HASH_TOKENS = 512  # the oracle driver's `hash_id_tokens`
-_DEFAULT_BLOCK_SIZE = 16  # its `block_size`
+# What the oracle's config.json leaves out: DEFAULTS of its drive_scheduler.py.
+_ORACLE_SETTINGS: Final[Mapping[str, Any]] = {
+    "num_gpu_blocks": 4096, "block_size": 16, "max_num_seqs": 128, "max_num_batched_tokens": 2048,
+    "max_model_len": 8192, "enable_chunked_prefill": True, "enable_prefix_caching": False,
+    "long_prefill_token_threshold": 0, "policy": "fcfs", "watermark": 0.0, "scheduler_reserve_full_isl": True,
+    "async_scheduling": False,
+}  # fmt: skip
 
 
 def read(path: Path) -> Run:
@@ -49,7 +55,7 @@ def read(path: Path) -> Run:
     summary_file = find_optional(path, "summary.json", "timing.json")
     config = read_json(config_file)
     hash_tokens = _positive(config, "hash_id_tokens", _DEFAULT_HASH_TOKENS, config_file)
-    block_size = _positive(config, "block_size", _DEFAULT_BLOCK_SIZE, config_file)
+    block_size = _positive(config, "block_size", _ORACLE_SETTINGS["block_size"], config_file)
     columns = _request_columns(kvtwin_jsonl.parse(trace_file, hash_tokens), requests_file)
     hashes, hash_tokens_used = kvtwin_jsonl.block_hashes(columns.pop("_asked"), hash_tokens, token_block=block_size)
     steps = _read_steps(steps_file, {name: row for row, name in enumerate(columns["request_id"])})
@@ -62,7 +68,7 @@ def read(path: Path) -> Run:
         "recorded",
         engine=f"vllm {version}" if isinstance(version, str) else None,
         hash_block_tokens=hash_tokens_used,
-        engine_config=config,
+        engine_config=config if "queued_ns" in columns else {**_ORACLE_SETTINGS, **config},
         source=provenance(path, "vllm_recording", files),
         metrics=summary,
     )

@@ -76,7 +76,7 @@ def replay_schedule(measured: Run, config: EngineConfig) -> Run:
         InputError: no steps, several instances, or requests that the engine would refuse.
         KvtwinError: SGLang itself would stop.
     """
-    _refuse_many_instances(measured)
+    refuse_unusable(measured)
     if isinstance(config, VllmConfig):
         from kvtwin.validate.scheduler.replay_vllm import VllmReplay
 
@@ -97,7 +97,12 @@ def queued_ns(measured: Run) -> IntArray:
     return times
 
 
-def _refuse_many_instances(run: Run) -> None:
+def refuse_unusable(run: Run) -> None:
+    """Refuse a run without steps, or of several engines.
+
+    Raises:
+        InputError: says which.
+    """
     if not run.steps.num_rows:
         raise InputError("the steps table is empty", path=run.path)
     if len(pc.unique(run.steps.column("instance").drop_null())) > 1:

@@ -52,6 +52,12 @@ def read_slots(run: Run, *, asynchronous: bool) -> Slots:
     if not known:
         said = "the end of the step before last" if asynchronous else "start_ns"
         notes.append(f"sched_ns is not recorded: schedule() counts as called at {said}")
+    elif schedules_ahead(run) != asynchronous:
+        notes.append(
+            "the engine is to schedule steps ahead, and the log shows none that was"
+            if asynchronous
+            else "the log shows steps scheduled ahead, and the engine is to schedule none"
+        )
     if (np.diff(sched_ns) < 0).any():
         row = int(np.flatnonzero(np.diff(sched_ns) < 0)[0]) + 1
         notes.append(f"the log is out of order: step {row} was scheduled before the row above it")
@@ -60,6 +66,14 @@ def read_slots(run: Run, *, asynchronous: bool) -> Slots:
         rows = np.flatnonzero(num_missing)
         notes.append(f"{num_missing.sum()} steps are missing from the log, the first before row {rows[0]}")
     return Slots(np.maximum.accumulate(sched_ns), start_ns, end_ns, update_ns, num_missing, tuple(notes))
+
+
+def schedules_ahead(run: Run) -> bool | None:
+    """Whether the engine scheduled steps before the one before had ended; None where sched_ns is not recorded."""
+    sched_ns = run.steps.column("sched_ns")
+    if sched_ns.null_count or len(sched_ns) < 2:
+        return None
+    return bool((sched_ns.to_numpy()[1:] < run.steps.column("end_ns").to_numpy()[:-1]).any())
 
 
 def _times(steps: pa.Table, name: str, otherwise: IntArray) -> tuple[IntArray, bool]:
