@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from kvtwin.reports.site import CHECKS_FILE, FIGURES_FILE
 from kvtwin.traces.errors import InputError
 
 if TYPE_CHECKING:
@@ -108,7 +111,10 @@ def run_targets(
     scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
         scratch.chmod(0o755)
-        reports = [_run_target(target, scratch / place, seed) for target, place in zip(read, places, strict=True)]
+        reports = [
+            _run_target(target, path, scratch / place, seed)
+            for target, path, place in zip(read, targets, places, strict=True)
+        ]
         junit_xml.write(reports, scratch / "junit.xml")
         if junit is not None:
             junit_xml.write(reports, junit)
@@ -119,20 +125,28 @@ def run_targets(
     return reports
 
 
-def _run_target(target: Target, folder: Path, seed: int) -> TargetReport:
-    from kvtwin.reports.html import write_html
+def _run_target(target: Target, path: Path, folder: Path, seed: int) -> TargetReport:
+    from kvtwin.reports.aggregate import document
+    from kvtwin.reports.aggregate.build import aggregate
     from kvtwin.reports.markdown import render_markdown
+    from kvtwin.reports.pages.target import render_target
     from kvtwin.traces.files import write_text
     from kvtwin.validate import checks_json
     from kvtwin.validate.check import check_target
 
-    report, profile = check_target(target, seed=seed, progress=_Progress(target.name))
-    checks_json.write(report, folder / "checks.json")
+    progress = _Progress(target.name)
+    report, profile = check_target(target, seed=seed, progress=progress)
+    command = shlex.join(["kvtwin", "check", str(path), "-o", "OUT", "--seed", str(seed)])
+    report = replace(report, provenance={**report.provenance, "command": command})
+    progress("writing the report")
+    checks = checks_json.write(report, folder / CHECKS_FILE)
+    figures = document.write(aggregate(report), folder / FIGURES_FILE)
     profile.write(folder / "profile.json")
     for comparison in report.comparisons:
         comparison.simulated.write(folder / "simulated" / comparison.name)
     write_text(folder / "checks.md", render_markdown(report))
-    write_html(report, folder / _PAGE)
+    # Read back: the page shows what the two documents say, here as in `kvtwin report`.
+    write_text(folder / _PAGE, render_target(checks_json.read(checks), document.read(figures)))
     return report
 
 

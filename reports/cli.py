@@ -14,13 +14,21 @@ from typing import NoReturn
 
 import kvtwin.calibrate.cli
 import kvtwin.reports.check
+import kvtwin.reports.site
 import kvtwin.sim.cli
 import kvtwin.traces.cli
 import kvtwin.validate.cli
 from kvtwin.traces.errors import KvtwinError
 
 # In the order of the work; `kvtwin --help` lists the commands in this order.
-_FOLDERS = (kvtwin.traces.cli, kvtwin.calibrate.cli, kvtwin.sim.cli, kvtwin.validate.cli, kvtwin.reports.check)
+_FOLDERS = (
+    kvtwin.traces.cli,
+    kvtwin.calibrate.cli,
+    kvtwin.sim.cli,
+    kvtwin.validate.cli,
+    kvtwin.reports.check,
+    kvtwin.reports.site,
+)
 
 _EXIT_BAD_INPUT = 2
 _EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it

@@ -22,7 +22,7 @@ def render_markdown(report: TargetReport) -> str:
         lines.append("|---|---|---|" + "---:|" * (len(_HEADINGS) - 3) + "---|")
         lines += [_row(check) for check in report.checks]
         lines.append("")
-    floors = dict.fromkeys(noise_floor_sentence(comparison) for comparison in report.comparisons)
+    floors = dict.fromkeys(noise_floor_sentence(comparison.repeats) for comparison in report.comparisons)
     lines += [f"- {escape(text)}" for text in floors if text]
     return "\n".join([*lines, *_notes(report.checks)]).rstrip("\n") + "\n"
 

@@ -6,10 +6,15 @@ Terminal, Markdown and HTML differ only in how they set these strings; none of t
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from kvtwin.reports.numbers import MISSING, count, number, percent, percent_interval
-from kvtwin.validate.result import Check, Comparison, TargetReport
+from kvtwin.validate.checks_json import StoredReport
+from kvtwin.validate.result import Check, TargetReport
+
+AnyReport = TargetReport | StoredReport
 
 _CLOCKS = {
     "queued_ns": "from the moment the engine's loop took the request in (the engine's clock)",
@@ -59,17 +64,17 @@ def is_magnitude(check: Check) -> bool:
     return math.isnan(check.measured) and math.isnan(check.simulated)
 
 
-def title(report: TargetReport) -> str:
+def title(report: AnyReport) -> str:
     """The target's name."""
     return report.target.get("name") or "unnamed target"
 
 
-def verdict_word(report: TargetReport) -> str:
+def verdict_word(report: AnyReport) -> str:
     """The verdict as shown: `pass`, `fail`, or `not judged` where no check has a gate."""
     return report.verdict if any(check.threshold is not None for check in report.checks) else "not judged"
 
 
-def summary(report: TargetReport) -> str:
+def summary(report: AnyReport) -> str:
     """The outcome in one or two plain sentences."""
     gated = [check for check in report.checks if check.threshold is not None]
     runs = count(len({check.run for check in report.checks}), "recorded run")
@@ -90,20 +95,20 @@ def summary(report: TargetReport) -> str:
     return text
 
 
-def noise_floor_sentence(comparison: Comparison) -> str:
+def noise_floor_sentence(repeats: Sequence[str]) -> str:
     """Where the noise floor comes from; empty when the run was recorded only once."""
-    if len(comparison.repeats) < 2:
+    if len(repeats) < 2:
         return ""
-    names = ", ".join(comparison.repeats)
+    names = ", ".join(repeats)
     return (
-        f"Noise floor: this workload was recorded {len(comparison.repeats)} times ({names}); an error no larger than "
+        f"Noise floor: this workload was recorded {len(repeats)} times ({names}); an error no larger than "
         "the difference among those recordings themselves is “not distinguishable” from a perfect simulation."
     )
 
 
-def clock_sentence(comparison: Comparison) -> str:
+def clock_sentence(clock: Literal["queued_ns", "arrival_ns"]) -> str:
     """Which clock TTFT and latency start at."""
-    return f"TTFT and latency count {_CLOCKS[comparison.clock]}."
+    return f"TTFT and latency count {_CLOCKS[clock]}."
 
 
 def _share_of_gate(check: Check) -> float:

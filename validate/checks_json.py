@@ -27,6 +27,21 @@ MAX_BYTES: Final = 64 * 1024 * 1024  # a report holds some hundreds of checks: m
 _DATE_FORMAT: Final = "%Y-%m-%dT%H:%M:%SZ"  # one form only, so that dates sort as text
 
 
+@dataclass(frozen=True, slots=True)
+class ComparedRun:
+    """What checks.json keeps of a Comparison.
+
+    Attributes:
+        clock, repeats: as in Comparison.
+        num_requests, num_steps: how many were compared; no steps where the recording has none.
+    """
+
+    clock: Literal["queued_ns", "arrival_ns"]
+    repeats: tuple[str, ...]
+    num_requests: int
+    num_steps: int | None
+
+
 @dataclass(frozen=True)
 class StoredReport:
     """What checks.json keeps of a TargetReport: all but the runs themselves.
@@ -34,7 +49,7 @@ class StoredReport:
     Attributes:
         verdict: "pass" or "fail".
         target, checks, profile, provenance: as in TargetReport.
-        comparisons: by name of the recorded run: its clock, its repeats, how many requests and steps were compared.
+        comparisons: by name of the recorded run.
         created: when the check was made, UTC, as "2026-11-23T11:20:00Z"; None in files older than this key.
         schedules, attributions: as in TargetReport; empty in files older than these keys.
     """
@@ -42,7 +57,7 @@ class StoredReport:
     verdict: Literal["pass", "fail"]
     target: Mapping[str, str]
     checks: tuple[Check, ...]
-    comparisons: Mapping[str, Mapping[str, Any]]
+    comparisons: Mapping[str, ComparedRun]
     profile: Mapping[str, Any]
     provenance: Mapping[str, Any]
     created: str | None = None
@@ -63,7 +78,7 @@ def to_json(report: TargetReport) -> dict[str, Any]:
         "verdict": report.verdict,
         "target": report.target,
         "checks": report.checks,
-        "comparisons": {comparison.name: _comparison(comparison) for comparison in report.comparisons},
+        "comparisons": {comparison.name: _compared(comparison) for comparison in report.comparisons},
         "profile": report.profile,
         "provenance": report.provenance,
         "schedules": report.schedules,
@@ -118,11 +133,6 @@ def _now() -> str:
     return moment.strftime(_DATE_FORMAT)
 
 
-def _comparison(comparison: Comparison) -> dict[str, Any]:
-    predictions = comparison.predictions
-    return {
-        "clock": comparison.clock,
-        "repeats": comparison.repeats,
-        "num_requests": comparison.measured.requests.num_rows,
-        "num_steps": None if predictions is None else predictions.num_rows,
-    }
+def _compared(comparison: Comparison) -> ComparedRun:
+    num_steps = None if comparison.predictions is None else comparison.predictions.num_rows
+    return ComparedRun(comparison.clock, comparison.repeats, comparison.measured.requests.num_rows, num_steps)

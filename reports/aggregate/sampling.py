@@ -49,15 +49,14 @@ def token_edges(largest: int, max_bins: int) -> Ints:
 
     As many bins per doubling (4, 2 or 1) as `max_bins` allows; edges are whole numbers.
 
-    >>> token_edges(9, 5).tolist(), token_edges(9, 9).tolist()
+    >>> token_edges(9, 5).tolist(), token_edges(9, 8).tolist()
     ([0, 1, 2, 4, 8, 16], [0, 1, 2, 3, 4, 6, 8, 11])
     """
-    doublings = math.log2(max(largest, 1))
+    doublings = math.log2(largest + 1)
     for per_doubling in (4, 2, 1):
-        steps = np.arange(math.floor(doublings * per_doubling) + 2) / per_doubling
-        edges = np.unique(np.concatenate([[0, 1], np.round(2.0**steps).astype(np.int64)]))
-        while edges[-2] > largest:  # rounding may have made the last step one too many
-            edges = edges[:-1]
+        powers = 2.0 ** (np.arange(math.ceil(doublings * per_doubling) + 2) / per_doubling)
+        edges = np.unique(np.concatenate([[0, 1], np.round(powers).astype(np.int64)]))
+        edges = edges[: int(np.searchsorted(edges, largest, side="right")) + 1]
         if edges.size - 1 <= max_bins:
             break
     return edges

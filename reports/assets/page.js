@@ -1,24 +1,22 @@
-// The page works without this script: the table is complete and every figure has its numbers in words.
-// This adds sorting, filtering and the drawn figures. No network, no storage, no library but plotly.js.
+// The pages work without this script: tables are complete and every figure has its numbers in words.
+// This adds sorting, filtering, the theme button and the drawn figures. No network, no library but plotly.js.
 (() => {
   "use strict";
   const byId = (id) => document.getElementById(id);
+  const root = document.documentElement;
 
-  // ---- table of checks -------------------------------------------------------------------------------
-  const table = byId("checks");
-  const rows = table ? [...table.tBodies[0].rows] : [];
-
-  function addSorting() {
+  // ---- tables ------------------------------------------------------------------------------------------
+  function addSorting(table) {
     table.querySelectorAll("thead th[data-sort]").forEach((head) => {
       const button = document.createElement("button");
       button.type = "button";
       button.append(...head.childNodes);
       head.append(button);
-      button.addEventListener("click", () => sortBy(head));
+      button.addEventListener("click", () => sortBy(table, head));
     });
   }
 
-  function sortBy(head) {
+  function sortBy(table, head) {
     const direction = head.getAttribute("aria-sort") === "ascending" ? "descending" : "ascending";
     const sign = direction === "ascending" ? 1 : -1;
     const numeric = head.dataset.sort === "number";
@@ -34,8 +32,9 @@
     head.setAttribute("aria-sort", direction);
   }
 
-  function addFilters() {
-    const form = byId("filters");
+  function addFilters(form) {
+    const table = byId(form.dataset.table);
+    const rows = [...table.tBodies[0].rows];
     const selects = [...form.querySelectorAll("select")];
     for (const select of selects) {
       const values = [...new Set(rows.map((row) => row.dataset[select.name]))];
@@ -43,50 +42,147 @@
     }
     const apply = () => {
       const wanted = selects.filter((select) => select.value !== "");
+      const words = form.elements.search.value.toLowerCase().split(/\s+/);
       let shown = 0;
       for (const row of rows) {
-        row.hidden = !wanted.every((select) => `=${row.dataset[select.name]}` === select.value);
+        const text = row.textContent.toLowerCase();
+        row.hidden = !(wanted.every((select) => `=${row.dataset[select.name]}` === select.value)
+          && words.every((word) => text.includes(word)));
         shown += row.hidden ? 0 : 1;
       }
-      byId("shown").textContent = `${shown} of ${rows.length} checks`;
+      if (form.elements.notes) table.classList.toggle("whole-notes", form.elements.notes.checked);
+      form.querySelector("output").textContent = `${shown} of ${rows.length} shown`;
     };
-    form.addEventListener("change", apply);
+    ["input", "change"].forEach((kind) => form.addEventListener(kind, apply));
     form.addEventListener("submit", (event) => event.preventDefault());
     form.hidden = false;
     apply();
   }
 
-  // ---- figures ---------------------------------------------------------------------------------------
-  const specs = JSON.parse(byId("figures").textContent);
+  // ---- one recorded run at a time ------------------------------------------------------------------------
+  function addRunPicker(form) {
+    const sections = [...document.querySelectorAll("section.run")];
+    const select = form.elements.picked;
+    const apply = () => {
+      sections.forEach((section, index) => { section.hidden = select.value !== "" && select.value !== String(index); });
+      form.querySelectorAll("button").forEach((button) => { button.disabled = select.value === ""; });
+    };
+    const follow = () => {
+      const named = /^#run-(\d+)$/.exec(location.hash);
+      if (named && sections[named[1]]) { select.value = named[1]; apply(); sections[named[1]].scrollIntoView(); }
+    };
+    ["input", "change"].forEach((kind) => form.addEventListener(kind, apply));
+    form.addEventListener("submit", (event) => event.preventDefault());
+    form.addEventListener("click", (event) => {
+      const move = Number(event.target.dataset.move);
+      if (!move) return;
+      select.value = String((Number(select.value) + move + sections.length) % sections.length);
+      apply();
+    });
+    addEventListener("hashchange", follow);
+    addEventListener("beforeprint", () => sections.forEach((section) => { section.hidden = false; }));
+    addEventListener("afterprint", apply);
+    form.hidden = false;
+    apply();
+    follow();
+  }
+
+  // ---- theme ---------------------------------------------------------------------------------------------
+  const THEMES = ["system", "light", "dark"];
+  const KEY = "kvtwin-theme";
+  function stored(value) { // storage may be forbidden, above all for files
+    try {
+      if (value === undefined) return localStorage.getItem(KEY);
+      localStorage.setItem(KEY, value);
+    } catch { /* then the theme is forgotten with the page */ }
+    return null;
+  }
+
+  function setTheme(theme) {
+    if (theme === "system") delete root.dataset.theme;
+    else root.dataset.theme = theme;
+    byId("theme").textContent = `Theme: ${theme}`;
+  }
+
+  function addThemeButton() {
+    const button = byId("theme");
+    let theme = THEMES.includes(stored()) ? stored() : "system";
+    button.addEventListener("click", () => {
+      theme = THEMES[(THEMES.indexOf(theme) + 1) % THEMES.length];
+      stored(theme);
+      setTheme(theme);
+      drawn.forEach(draw);
+    });
+    button.hidden = false;
+    setTheme(theme);
+  }
+
+  // ---- ages ----------------------------------------------------------------------------------------------
+  function addAge(time) {
+    const days = Math.floor((Date.now() - Date.parse(time.dateTime)) / 86_400_000);
+    if (!(days >= 0)) return;
+    time.after(days === 0 ? ", today" : `, ${days} day${days === 1 ? "" : "s"} ago`);
+  }
+
+  // ---- figures -------------------------------------------------------------------------------------------
+  const holder = byId("figures");
+  const specs = JSON.parse(holder.textContent);
   const plots = [...document.querySelectorAll(".plot")];
   const drawn = new Set();
   const config = { responsive: true, displaylogo: false, modeBarButtons: [["toImage", "resetScale2d"]] };
 
   // plotly knows no CSS variables: every "var(--name)" becomes the colour that the theme gives it now.
-  function themed(value, style) {
+  function themed(value, colour) {
     if (typeof value === "string") {
       const name = /^var\((--[\w-]+)\)$/.exec(value);
-      return name ? style.getPropertyValue(name[1]).trim() : value;
+      return name ? colour(name[1]) : value;
     }
-    if (Array.isArray(value)) return typeof value[0] === "object" ? value.map((item) => themed(item, style)) : value;
+    if (Array.isArray(value)) {
+      return value.some((item) => typeof item !== "number") ? value.map((item) => themed(item, colour)) : value;
+    }
     if (value === null || typeof value !== "object") return value;
-    return Object.fromEntries(Object.entries(value).map(([key, item]) => [key, themed(item, style)]));
+    return Object.fromEntries(Object.entries(value).map(([key, item]) => [key, themed(item, colour)]));
   }
 
-  function draw(plot) {
-    const style = getComputedStyle(document.documentElement);
-    const spec = themed(specs[plot.id], style);
+  function palette() {
+    const probe = document.createElement("span");
+    probe.hidden = true;
+    document.body.append(probe);
+    const known = new Map();
+    return (name) => {
+      if (!known.has(name)) {
+        probe.style.color = `var(${name})`;
+        known.set(name, getComputedStyle(probe).color);
+      }
+      return known.get(name);
+    };
+  }
+
+  async function draw(plot) {
+    const spec = themed(specs[plot.id], palette());
     spec.layout.font.family = getComputedStyle(document.body).fontFamily;
     drawn.add(plot);
-    return Plotly.react(plot, spec.data, spec.layout, config);
+    await Plotly.react(plot, spec.data, spec.layout, config);
+    // The element is one image with its numbers as its name; its parts would only be noise to a screen reader.
+    document.querySelectorAll(".plot svg, #js-plotly-tester").forEach((part) => part.setAttribute("aria-hidden", "true"));
   }
 
   async function loadPlotly() {
+    const script = document.createElement("script");
+    const ready = new Promise((resolve, reject) => {
+      script.onload = resolve;
+      script.onerror = () => reject(new Error(`${holder.dataset.plotly} is missing: copy the whole site`));
+    });
+    if (holder.dataset.plotly) {
+      script.src = holder.dataset.plotly;
+      document.head.append(script);
+      return ready;
+    }
     const packed = Uint8Array.from(atob(byId("plotly").textContent), (char) => char.charCodeAt(0));
     const source = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
-    const script = document.createElement("script");
     script.textContent = await new Response(source).text();
     document.head.append(script); // runs at once; the page's content security policy names its hash
+    return undefined;
   }
 
   async function addFigures() {
@@ -98,7 +194,7 @@
         observer.unobserve(entry.target);
         draw(entry.target);
       }
-    }, { rootMargin: "600px" });
+    }, { rootMargin: "500px" });
     plots.forEach((plot) => observer.observe(plot)); // a page of many runs draws what is looked at
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => drawn.forEach(draw));
     addEventListener("beforeprint", () => plots.filter((plot) => !drawn.has(plot)).forEach(draw));
@@ -107,11 +203,15 @@
   function explain(error) {
     for (const plot of plots) {
       plot.className = "unavailable";
-      plot.textContent = "This browser cannot draw the figure; its numbers stand above.";
+      plot.textContent = "This browser cannot draw the figure; its numbers stand above and below.";
     }
     console.error(error);
   }
 
-  if (table) { addSorting(); addFilters(); }
+  addThemeButton();
+  document.querySelectorAll("table.sortable").forEach(addSorting);
+  document.querySelectorAll("form[data-table]").forEach(addFilters);
+  if (byId("run-picker")) addRunPicker(byId("run-picker"));
+  document.querySelectorAll("time").forEach(addAge);
   addFigures().catch(explain);
 })();

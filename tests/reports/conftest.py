@@ -13,7 +13,19 @@ import pytest
 from kvtwin.traces.run import Run, RunInfo
 from kvtwin.traces.table import from_columns
 from kvtwin.traces.time import NS_PER_MS
-from kvtwin.validate.result import PREDICTIONS, Check, Comparison, TargetReport
+from kvtwin.validate import checks_json
+from kvtwin.validate.checks_json import StoredReport
+from kvtwin.validate.plain import from_plain
+from kvtwin.validate.result import (
+    PREDICTIONS,
+    Attribution,
+    Check,
+    Comparison,
+    Divergence,
+    Part,
+    ScheduleFinding,
+    TargetReport,
+)
 
 CHECKS = (
     Check("alpha", "e2e", "ttft_p90", "ms", 100.0, 91.4, -0.086, (-0.1, -0.07), 240, 0.02, 0.05, "fail"),
@@ -22,6 +34,14 @@ CHECKS = (
         "alpha", "step", "step_mape", "%", math.nan, math.nan, 0.123, (0.12, 0.13), 7862, None, 0.2, "pass", "by step"
     ),
     Check("beta", "e2e", "throughput", "tokens/s", 12345.6, 12000.0, -0.028, None, 220),
+)
+PARTS = (Part("cache", -0.01), Part("schedule", 0.02), Part("step times", 0.085), Part("remainder", 0.005))
+DIVERGENCE = Divergence(
+    3,
+    "order",
+    {"batch": [["r0", 8, 1], ["r1", 0, 8]], "preempted": [], "num_waiting": 2, "num_free_blocks": 10},
+    {"batch": [["r1", 0, 8], ["r0", 8, 1]], "preempted": ["r2"], "num_waiting": 2, "num_free_blocks": None},
+    9,
 )
 
 
@@ -69,6 +89,34 @@ def predictions() -> Callable[..., pa.Table]:
     return make_predictions
 
 
+def with_steps(run: Run, **columns: Any) -> Run:
+    """Three steps: request 0 alone, then 0 and 1 (both finish), then 2; the engine is idle in between."""
+    given = {
+        "step": [0, 1, 2],
+        "sched_ns": [0, 10, 40],
+        "start_ns": [1, 11, 41],
+        "end_ns": [8, 18, 48],
+        "update_ns": [9, 19, 49],
+        "request": [[0], [0, 1], [2]],
+        "cache_len": [[0], [8, 0], [0]],
+        "input_len": [[8], [1, 8], [8]],
+        "finished": [[], [0, 1], [2]],
+        "num_waiting": [2, 1, 0],
+        "num_running": [1, 2, 1],
+        "num_free_blocks": [9, 7, 10],
+    }
+    tables = {"requests": run.requests, "steps": from_columns("steps", {**given, **columns}, "hand-made")}
+    return Run(RunInfo("recorded"), tables)
+
+
+def stored(report: TargetReport) -> StoredReport:
+    """The report as a reader of its checks.json has it, made at a fixed second."""
+    document = {**checks_json.to_json(report), "created": "2026-11-20T10:00:00Z"}
+    del document["schema_version"]
+    found: StoredReport = from_plain(StoredReport, document, "checks.json")
+    return found
+
+
 @pytest.fixture
 def comparison(make_run: Callable[..., Run]) -> Comparison:
     """Four requests, the simulated ones 10 % slower; 70 steps; recorded twice."""
@@ -82,6 +130,14 @@ def report(comparison: Comparison) -> TargetReport:
         target={"name": "tiny", "hardware": "one core", "model": "m", "engine": "vllm 0.32.0", "description": "d"},
         checks=CHECKS,
         comparisons=(comparison, replace(comparison, name="beta", predictions=None, repeats=())),
+        schedules=(
+            ScheduleFinding("alpha", 70, 68, DIVERGENCE, ("evicted blocks",)),
+            ScheduleFinding("beta", 5, 5, None),
+        ),
+        attributions=(
+            Attribution("alpha", "ttft_mean", "ms", 100.0, 110.0, PARTS, "step times", "one seed"),
+            Attribution("alpha", "tpot_mean", "ms", 20.0, 22.0, (Part("cache", math.nan), Part("remainder", 0.1))),
+        ),
         profile={"kind": "linear", "hold_out_mape": 0.083, "domain": {"num_reqs": [1, 64]}},
         provenance={"command": "kvtwin check tiny", "inputs": [{"path": "a.parquet"}], "seed": 0, "note": None},
     )
@@ -94,13 +150,20 @@ HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror='window.h
 def hostile_report(make_run: Callable[..., Run]) -> TargetReport:
     """Markup and scripts in every string that a file or a user can set."""
     text = HOSTILE
-    run = make_run(2, names=[text, f"{text}2"], session_id=[text, text])
+    run = with_steps(make_run(3, names=[text, f"{text}2", f"{text}3"], session_id=[text] * 3, cached_tokens=[1, 2, 3]))
+    side = {"batch": [[text, 1, 2], text], text: text}
     steps = make_predictions(6, (text, "decode"))
     checks = tuple(replace(check, run=text, metric=text, unit=text, note=text) for check in CHECKS)
     return TargetReport(
         target=dict.fromkeys(("name", "hardware", "model", "engine", "description", text), text),
         checks=checks,
         comparisons=(Comparison(text, run, run, "arrival_ns", steps, (text, text)),),
+        schedules=(
+            ScheduleFinding(text, 3, 1, Divergence(1, text, side, {"batch": text, text: [text]}, None), (text,)),
+        ),
+        attributions=(
+            Attribution(text, text, text, 1.0, 1.1, (Part(text, 0.1), Part("<b>bold</b>", 0.0)), text, text),
+        ),
         profile={text: text, "list": [text, {text: text}]},
         provenance={text: {text: text}},
     )

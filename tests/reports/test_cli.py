@@ -13,6 +13,7 @@ import pytest
 
 import kvtwin.calibrate.cli
 import kvtwin.reports.check
+import kvtwin.reports.site
 import kvtwin.sim.cli
 import kvtwin.traces.cli
 import kvtwin.validate.cli
@@ -35,6 +36,7 @@ def commands(parser: argparse.ArgumentParser) -> set[str]:
         (kvtwin.calibrate.cli, "calibrate"),
         (kvtwin.validate.cli, "validate"),
         (kvtwin.reports.check, "check"),
+        (kvtwin.reports.site, "report"),
     ],
 )
 def test_every_folder_adds_its_commands(folder: ModuleType, command: str) -> None:

@@ -56,6 +56,6 @@ def test_without_gates_nothing_is_claimed(report: TargetReport) -> None:
 
 
 def test_the_noise_floor_is_explained_only_where_recordings_repeat(report: TargetReport) -> None:
-    assert "recorded 2 times (alpha, alpha_2)" in noise_floor_sentence(report.comparisons[0])
-    assert noise_floor_sentence(report.comparisons[1]) == ""
-    assert "the engine's clock" in clock_sentence(report.comparisons[0])
+    assert "recorded 2 times (alpha, alpha_2)" in noise_floor_sentence(report.comparisons[0].repeats)
+    assert noise_floor_sentence(report.comparisons[1].repeats) == ""
+    assert "the engine's clock" in clock_sentence(report.comparisons[0].clock)

@@ -69,8 +69,8 @@ def test_round_trip(report: TargetReport, tmp_path: Path) -> None:
     assert stored.verdict == "fail"
     assert stored.target == report.target
     assert stored.comparisons == {
-        "a": {"clock": "queued_ns", "repeats": ["a", "a2"], "num_requests": 2, "num_steps": 0},
-        "b": {"clock": "arrival_ns", "repeats": [], "num_requests": 2, "num_steps": None},
+        "a": checks_json.ComparedRun("queued_ns", ("a", "a2"), 2, 0),
+        "b": checks_json.ComparedRun("arrival_ns", (), 2, None),
     }
     assert stored.profile == {"mape": 0.1, "worst": None, "n": 3, "domain": [1, 2]}
     assert stored.provenance == {"inputs": ["a.parquet"], "seed": 0, "date": None}

@@ -1,0 +1,156 @@
+"""`kvtwin report`: a static site of hardware targets from what `kvtwin check` wrote."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from kvtwin.traces.errors import InputError
+
+if TYPE_CHECKING:
+    from kvtwin.validate.checks_json import StoredReport
+
+CHECKS_FILE: Final = "checks.json"
+FIGURES_FILE: Final = "figures.json"
+_MAX_SLUG: Final = 60
+
+
+def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `report`."""
+    report = subparsers.add_parser(
+        "report",
+        help="a static site of dashboards per hardware target",
+        description="Draws what `kvtwin check` wrote: an index of targets and a page for each. Several OUTs of one "
+        "target (the same name) are its history; the newest is shown. The site opens from a file and needs no network.",
+    )
+    report.add_argument(
+        "outs", nargs="+", type=Path, metavar="OUT", help="output folder of kvtwin check, of one target or several"
+    )
+    report.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="SITE", help="folder to write; must not exist"
+    )
+    report.add_argument("--json", action="store_true", help="print the list of pages as one JSON document")
+    report.set_defaults(run=_report)
+
+
+def _report(args: argparse.Namespace) -> int:
+    pages = write_site(args.outs, args.output)
+    if args.json:
+        print(json.dumps({"index": str(args.output / "index.html"), "targets": pages}, allow_nan=False))
+    else:
+        print(f"{args.output / 'index.html'}: {len(pages)} target{'' if len(pages) == 1 else 's'}")
+    return 0
+
+
+@dataclass(frozen=True)
+class _Check:
+    """One output folder of one target."""
+
+    folder: Path
+    report: StoredReport
+
+
+def write_site(outs: Sequence[Path], site: Path) -> list[dict[str, object]]:
+    """Write index.html, a page per target and one plotly.js for all: the whole site or nothing.
+
+    Args:
+        outs: output folders of `kvtwin check`, each of one target or with one sub-folder per target.
+        site: must not exist.
+
+    Returns:
+        One entry per target, in the index's order: its name, its page and how many reports it has.
+
+    Raises:
+        InputError: an OUT holds no report, a report cannot be read, or `site` exists.
+    """
+    from kvtwin.reports.pages.index import Entry, render_index
+    from kvtwin.reports.pages.shell import PLOTLY_FILE, plotly_source
+    from kvtwin.reports.words import title
+    from kvtwin.traces.files import write_text
+    from kvtwin.traces.run import refuse_existing
+
+    refuse_existing(site)
+    histories = _histories([check for out in outs for check in _checks_in(out)])
+    site.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{site.name}.", dir=site.parent))
+    try:
+        scratch.chmod(0o755)
+        entries: list[Entry] = []
+        for history in histories:
+            slug = _slug(title(history[-1].report), {entry.url.split("/")[1] for entry in entries})
+            entry = Entry(f"targets/{slug}/index.html", tuple(check.report for check in history))
+            write_text(scratch / entry.url, _target_page(history))
+            entries.append(entry)
+        write_text(scratch / "assets" / PLOTLY_FILE, plotly_source())
+        write_text(scratch / "index.html", render_index(entries))
+        scratch.rename(site)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    return [
+        {"name": title(entry.newest), "page": str(site / entry.url), "num_reports": len(entry.history)}
+        for entry in entries
+    ]
+
+
+def _target_page(history: Sequence[_Check]) -> str:
+    """The newest report, with the others as its history."""
+    from kvtwin.reports.aggregate import document
+    from kvtwin.reports.pages.shell import PLOTLY_FILE
+    from kvtwin.reports.pages.target import render_target
+
+    newest = history[-1]
+    path = newest.folder / FIGURES_FILE
+    return render_target(
+        newest.report,
+        document.read(path) if path.exists() else None,
+        [check.report for check in history],
+        index_url="../../index.html",
+        plotly_url=f"../../assets/{PLOTLY_FILE}",
+    )
+
+
+def _checks_in(out: Path) -> list[_Check]:
+    """The reports in an output folder: its own, or those of its sub-folders."""
+    from kvtwin.validate import checks_json
+
+    if not out.is_dir():
+        raise InputError("no such folder: give the output of kvtwin check", path=out)
+    own = out / CHECKS_FILE
+    found = [own] if own.exists() else sorted(out.glob(f"*/{CHECKS_FILE}"))
+    if not found:
+        raise InputError(f"no {CHECKS_FILE} in it or in its sub-folders: give the output of kvtwin check", path=out)
+    return [_Check(path.parent, checks_json.read(path)) for path in found]
+
+
+def _histories(checks: Sequence[_Check]) -> list[list[_Check]]:
+    """By target, oldest first (an unknown date is the oldest); failing targets first, then by name."""
+    from kvtwin.reports.words import title, verdict_word
+
+    by_target: dict[str, list[_Check]] = {}
+    for check in checks:
+        by_target.setdefault(title(check.report), []).append(check)
+    histories = [sorted(group, key=lambda check: check.report.created or "") for group in by_target.values()]
+    order = ("fail", "not judged", "pass")
+    return sorted(histories, key=lambda group: (order.index(verdict_word(group[-1].report)), title(group[-1].report)))
+
+
+def _slug(name: str, taken: set[str]) -> str:
+    """A folder name made of letters, digits and dashes only, that no other target has.
+
+    >>> _slug("RTX PRO 6000, tp 2", set()), _slug("../<b>", {"b"}), _slug("..", set())
+    ('rtx-pro-6000-tp-2', 'b-2', 'target')
+    """
+    base = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:_MAX_SLUG].strip("-") or "target"
+    slug, number = base, 1
+    while slug in taken:
+        number += 1
+        slug = f"{base}-{number}"
+    return slug
