@@ -19,6 +19,7 @@ from kvtwin.validate.result import (
     Attribution,
     Check,
     Comparison,
+    Drift,
     ScheduleFinding,
     TargetReport,
 )
@@ -51,7 +52,7 @@ class StoredReport:
         target, checks, profile, provenance: as in TargetReport.
         comparisons: by name of the recorded run.
         created: when the check was made, UTC, as "2026-11-23T11:20:00Z"; None in files older than this key.
-        schedules, attributions: as in TargetReport; empty in files older than these keys.
+        schedules, attributions, drifts: as in TargetReport; empty in files older than these keys.
     """
 
     verdict: Literal["pass", "fail"]
@@ -63,6 +64,7 @@ class StoredReport:
     created: str | None = None
     schedules: tuple[ScheduleFinding, ...] = ()
     attributions: tuple[Attribution, ...] = ()
+    drifts: tuple[Drift, ...] = ()
 
 
 def to_json(report: TargetReport) -> dict[str, Any]:
@@ -83,6 +85,7 @@ def to_json(report: TargetReport) -> dict[str, Any]:
         "provenance": report.provenance,
         "schedules": report.schedules,
         "attributions": report.attributions,
+        "drifts": report.drifts,
     }
     plain: dict[str, Any] = to_plain(document)
     return plain

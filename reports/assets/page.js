@@ -129,7 +129,7 @@
   const specs = JSON.parse(holder.textContent);
   const plots = [...document.querySelectorAll(".plot")];
   const drawn = new Set();
-  const config = { responsive: true, displaylogo: false, modeBarButtons: [["toImage", "resetScale2d"]] };
+  const config = { responsive: true, displayModeBar: false }; // dragging zooms, a double click shows all again
 
   // plotly knows no CSS variables: every "var(--name)" becomes the colour that the theme gives it now.
   function themed(value, colour) {

@@ -14,7 +14,7 @@ from kvtwin.reports.pages.trend import date_of, sparkline
 from kvtwin.reports.words import title, verdict_word
 from kvtwin.validate.checks_json import StoredReport
 
-_SHOWN = ("step_mape", "ttft_mean", "ttft_p90", "tpot_mean", "latency_mean")
+_SHOWN = ("step_mape", "ttft_mean", "ttft_p90", "tpot_mean")
 _HEADS = (
     ("Verdict", "text", True),
     ("Target", "text", True),

@@ -399,7 +399,10 @@ def _cache_figure(measured: CacheHits | None, simulated: CacheHits | None) -> Fi
         }
         for name, _ in sides
     ]
-    spec = {"data": data, "layout": layout({"type": "category"}, {"title": {"text": "hit tokens"}}, barmode="group")}
+    spec = {
+        "data": data,
+        "layout": layout({"type": "category"}, {"title": {"text": "hit tokens"}}, barmode="group", bargap=0.55),
+    }
     return Figure("cache", title, text, spec, table, columns=4)
 
 

@@ -6,17 +6,27 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvtwin.reports.aggregate.document import Figures, RunFigures
-from kvtwin.reports.numbers import count, number
+from kvtwin.reports.numbers import MISSING, count, number, percent
 from kvtwin.reports.pages.causes import schedule_html, waterfall_figure
 from kvtwin.reports.pages.checks_table import checks_section
 from kvtwin.reports.pages.headline import METRICS, gates_held, headlines, limits
-from kvtwin.reports.pages.markup import facts, records, text, typeset, verdict_badge, verdict_class
+from kvtwin.reports.pages.markup import (
+    Table,
+    facts,
+    plain_table,
+    records,
+    text,
+    typeset,
+    verdict_badge,
+    verdict_class,
+)
 from kvtwin.reports.pages.plots import Figure, figure_html, specs_of
 from kvtwin.reports.pages.run_figures import figures_of_run
 from kvtwin.reports.pages.shell import render_page, sidebar
 from kvtwin.reports.pages.trend import date_of, trend_figure
 from kvtwin.reports.words import clock_sentence, noise_floor_sentence, summary, title, verdict_word
 from kvtwin.validate.checks_json import StoredReport
+from kvtwin.validate.result import Drift
 
 _FACTS = ("hardware", "model", "engine")
 _RECORDS = ("profile", "provenance")
@@ -48,6 +58,7 @@ def render_target(
     sections = [
         _cards(report),
         checks_section(report.checks),
+        _drifts_section(report.drifts),
         f'<section aria-labelledby="runs"><h2 id="runs">Recorded runs</h2>{_run_picker(report)}{"".join(runs)}</section>',
         _trend_section(trend),
         _reproduce_section(report),
@@ -55,6 +66,7 @@ def render_target(
     ]
     links = {
         "checks": "Checks",
+        **({"drifts": "Drift"} if report.drifts else {}),
         "runs": "Recorded runs",
         **({"trend": "Trend"} if trend else {}),
         "reproduce": "Reproduce",
@@ -106,6 +118,28 @@ def _cards(report: StoredReport) -> str:
         f"<span>{'hold' if gates else 'no gate is set'}</span></li>"
     )
     return f'<ul class="cards" aria-label="Headline errors">{"".join(cards)}</ul>'
+
+
+def _drifts_section(drifts: Sequence[Drift]) -> str:
+    """What changed since the accepted report; nothing without a baseline."""
+    if not drifts:
+        return ""
+    heads = ("check", "verdict", "accepted error", "error now", "what moved", "since", "may grow by")
+    rows = [
+        (
+            f"{drift.metric} of {drift.run}",
+            drift.verdict,
+            percent(drift.before),
+            percent(drift.now),
+            drift.moved or MISSING,
+            drift.since or MISSING,
+            MISSING if drift.allowed is None else percent(drift.allowed, signed=False),
+        )
+        for drift in drifts
+    ]
+    table = plain_table(Table("Errors that changed since the accepted report", heads, rows))
+    return f"""<section aria-labelledby="drifts"><h2 id="drifts">Against the accepted report</h2>
+<div class="panel">{table}</div></section>"""
 
 
 def _run_picker(report: StoredReport) -> str:

@@ -100,7 +100,7 @@ def test_the_page_is_well_formed_and_complete(full_report: TargetReport) -> None
         "1 of 3 gates failed", "recorded 2 times", "no steps with a measured", "by step", "hold out mape",
         "kvtwin check tiny", "68 of 70 steps identical (97.1\N{NO-BREAK SPACE}%)", "Not judged: evicted blocks",
         "first part at step 3 (order) and agree from step 9", "r0: 1 new on 8 cached",
-        "Error of ttft_mean +10.0\N{NO-BREAK SPACE}%", "Most of it comes from: ttft_mean: step times", "one seed",
+        "Error of ttft_mean +10.0\N{NO-BREAK SPACE}%", "Most of it comes from: ttft_mean: step times", "one seed", "ttft_p90 of alpha",
     ):  # fmt: skip
         assert phrase in document.text, phrase
     plots = [attributes for _, attributes in document.attributes if attributes.get("class") == "plot"]
