@@ -20,6 +20,10 @@ class KvCache(Protocol):
     def protected_size(self) -> int:
         """Tokens that running requests hold in the tree."""
 
+    @property
+    def num_evicted(self) -> int:
+        """Tokens evicted from the device so far."""
+
     def match(self, request: SglangRequest, num_tokens: int) -> None:
         """Look up its first `num_tokens` tokens; sets prefix_len, last_node, last_host_node and host_hit_len."""
 

@@ -15,6 +15,7 @@ class ChunkCache:
     """
 
     disable = True
+    num_evicted = 0
 
     def __init__(self, pool: KvPool, *, counts_protected: bool) -> None:
         self._pool, self._counts_protected = pool, counts_protected

@@ -29,12 +29,16 @@ _MOST_STEPS: Final = 4096
 
 @dataclass(slots=True, eq=False)
 class Launched:
-    """A batch on its way, and its times in ns: formed, the model starts, its tokens are back."""
+    """A batch on its way, and its times in ns: formed, the model starts, its tokens are back.
+
+    `load_wait_ns` of the last it has waited for loads from the host that went on when the model was done.
+    """
 
     batch: Batch
     sched_ns: int
     start_ns: int
     end_ns: int
+    load_wait_ns: int = 0
 
 
 class Observer(Protocol):
@@ -135,10 +139,11 @@ class SglangEngine:
         self._last_step_ns = duration_ns
         self.clock.advance(sched_ns + self._host.schedule(len(batch.requests)))
         start_ns = max(self.clock.now_ns, self._device_free_ns)
-        end_ns = max(start_ns + duration_ns, batch.load_end_ns or 0)
+        load_wait_ns = max(0, (batch.load_end_ns or 0) - (start_ns + duration_ns))
+        end_ns = start_ns + duration_ns + load_wait_ns
         self._device_free_ns = end_ns + self._host.gap_ns
         self.num_steps += 1
-        step = Launched(batch, sched_ns, start_ns, end_ns)
+        step = Launched(batch, sched_ns, start_ns, end_ns, load_wait_ns)
         self._observer.launched(step)
         return step
 

@@ -121,6 +121,7 @@ class HiRadixCache(RadixCache):
         """Bring its host hit back to the device, or not; sets prefix_len and last_node."""
         node = self._levels.load_back(request.last_host_node)
         request.last_node = node
+        request.loaded_len = node.end - request.prefix_len
         request.prefix_len = node.end
 
     def ready_to_load_host_cache(self) -> int | None:
@@ -153,6 +154,7 @@ class HiRadixCache(RadixCache):
 
     def prefetch(self, request: SglangRequest) -> None:
         """A request has come to the queue, and was matched: start to read what storage may hold of it."""
+        request.prefetch_ns = request.storage_hit_len = 0
         if self._storage is None or not request.last_node.on_host:
             return
         self.advance(self._clock.now_ns)
@@ -176,7 +178,7 @@ class HiRadixCache(RadixCache):
             if not host.alloc(num_tokens):
                 self._levels.release_host(node)
                 return False
-        operation = Prefetch(request.row, self.key(request), start, num_tokens, node, self._reading_s())
+        operation = Prefetch(request, self.key(request), start, num_tokens, node, self._clock.now_ns, self._reading_s())
         self._storage.prefetch(operation)
         self._prefetches[request.row] = operation
         self._prefetch_tokens += num_tokens
@@ -198,6 +200,8 @@ class HiRadixCache(RadixCache):
         num_tokens = operation.completed
         known = self._levels.insert_host(operation.node, operation.key, operation.start, operation.start + num_tokens)
         self._levels.host.free(known)
+        operation.end(self._clock.now_ns)
+        request.storage_hit_len = num_tokens - known
         del self._prefetches[request.row]
         self._release(operation)
         self.observer.prefetch_taken(request.row, num_tokens, operation.hit_tokens)

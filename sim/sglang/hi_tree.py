@@ -296,16 +296,19 @@ class HiRadixTree(RadixTree):
 
     def _leave_device(self, node: TreeNode) -> None:
         """Free the device copy of a node that the host holds."""
-        self.observer.evicted(node)
-        self._device.free(node.length)
+        self._free_device(node)
         self.evictable -= node.length
         node.on_device = False
         self._host_leaves.update(node)
 
+    def _free_device(self, node: TreeNode) -> None:
+        self.observer.evicted(node)
+        self.num_evicted += node.length
+        self._device.free(node.length)
+
     def _drop(self, node: TreeNode) -> None:
         """Drop a node that only the device holds, and the nodes below it, which nobody can find any more."""
-        self.observer.evicted(node)
-        self._device.free(node.length)
+        self._free_device(node)
         self._delete_leaf(node)
         if not self._rules.lists_host_leaves:
             below = list(node.children.values())

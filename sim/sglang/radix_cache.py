@@ -46,6 +46,11 @@ class RadixCache:
         """Tokens that are locked."""
         return self._tree.protected
 
+    @property
+    def num_evicted(self) -> int:
+        """Tokens evicted from the device so far."""
+        return self._tree.num_evicted
+
     def match(self, request: SglangRequest, num_tokens: int) -> None:
         """Look up its first `num_tokens` tokens; sets prefix_len and last_node."""
         request.prefix_len, node = self._tree.match_prefix(self.key(request), num_tokens)

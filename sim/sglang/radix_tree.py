@@ -70,6 +70,10 @@ class RadixTree:
         policy: eviction policy by name, or a ranking function of a node (smallest goes first).
         counts_hits: insertions count as hits and splits copy the count (0.5.11 on); else every count stays 0, and lfu
             is lru.
+
+    Attributes:
+        evictable, protected: tokens on the device that may be evicted, and that are locked.
+        num_evicted: tokens that have been evicted from the device so far.
     """
 
     def __init__(self, page_size: int, policy: str | EvictionKey = "lru", *, counts_hits: bool = False) -> None:
@@ -80,6 +84,7 @@ class RadixTree:
         self.root_node.lock_ref = 1
         self.root_node.on_host = True
         self.evictable = self.protected = 0
+        self.num_evicted = 0
         self.observer = CacheObserver()
         self._policy = eviction_policy(policy)
         self._queue = EvictionQueue(self._policy, self._is_free_leaf)
@@ -245,6 +250,7 @@ class RadixTree:
             assert parent is not None
             self.observer.evicted(node)
             num_evicted += node.length
+            self.num_evicted += node.length
             self._delete_leaf(node)
             if self._is_free_leaf(parent):
                 self._queue.offer(parent)

@@ -26,6 +26,11 @@ class SglangRequest:
         kv_len: tokens with a KV slot (`kv_committed_len`, which equals `kv_allocated_len` here).
         num_cached_tokens: prompt tokens found in the cache, for the log (`cached_tokens`).
         already_computed: tokens computed by earlier chunks, so that they do not count as cached.
+        loaded_len: tokens of its prefix that its latest admission loads from the host.
+        storage_hit_len: tokens that a prefetch has brought to the host since it last joined the queue.
+        prefetch_ns: how long storage has worked for it since it last joined the queue.
+        num_host_tokens, num_storage_tokens: of num_cached_tokens, those loaded from the host that came there from the
+            device, and those that its prefetch brought (`cached_tokens_host`, `cached_tokens_storage` of 0.5.9).
         num_chunks_in_flight: chunk results still to come (`is_chunked`).
         is_retracted: lost its KV and has not been prefilled again.
         was_retracted: `retracted_stain`.
@@ -49,6 +54,11 @@ class SglangRequest:
     kv_len: int = 0
     num_cached_tokens: int = 0
     already_computed: int = 0
+    loaded_len: int = 0
+    storage_hit_len: int = 0
+    prefetch_ns: int = 0
+    num_host_tokens: int = 0
+    num_storage_tokens: int = 0
     num_chunks_in_flight: int = 0
     num_retractions: int = 0
     finished: bool = False

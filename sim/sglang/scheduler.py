@@ -143,6 +143,7 @@ class SglangScheduler:
     def _init_next_round(self, request: SglangRequest, *, match: bool = True) -> None:
         """Cover all known tokens; at least one is left to compute (`Req.init_next_round_input`)."""
         request.fill_len = request.num_tokens
+        request.loaded_len = 0
         if match:
             self.cache.match(request, request.fill_len - 1)
             request.cache_protected_len = request.prefix_len
@@ -244,6 +245,9 @@ class SglangScheduler:
             if not request.was_retracted:
                 request.num_cached_tokens += request.prefix_len - request.already_computed
                 request.already_computed = request.fill_len
+                from_storage = min(request.loaded_len, request.storage_hit_len)
+                request.num_storage_tokens += from_storage
+                request.num_host_tokens += request.loaded_len - from_storage
             request.is_retracted = False
 
     def _mix(self, batch: Batch) -> None:

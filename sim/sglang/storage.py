@@ -12,6 +12,7 @@ from kvtwin.sim.sglang.clock import Clock
 from kvtwin.sim.sglang.links import Link, LinkTimes
 from kvtwin.sim.sglang.observer import CacheObserver
 from kvtwin.sim.sglang.radix_tree import RadixTree, TreeNode
+from kvtwin.sim.sglang.request import SglangRequest
 from kvtwin.sim.sglang.runs import Runs
 
 # Pages of one query, read or write (`HiCacheController.storage_batch_size`).
@@ -52,24 +53,32 @@ class Prefetch:
     """A read of storage on behalf of a waiting request.
 
     Attributes:
-        row: the request.
+        request: the request.
         key, start, num_tokens: what is asked for: `num_tokens` of the key from `start` on.
         node: the host node below which they belong; protected meanwhile.
-        start_s: when it was asked.
+        start_ns, start_s: when it was asked; `start_s` as SGLang's clock reads.
         hit_tokens: how many storage holds; 0 until it has answered.
         completed: tokens read.
         terminated: the scheduler has ended it.
     """
 
-    row: int
+    request: SglangRequest
     key: Runs
     start: int
     num_tokens: int
     node: TreeNode
+    start_ns: int
     start_s: float
     hit_tokens: int = 0
     completed: int = 0
     terminated: bool = False
+    _ended: bool = False
+
+    def end(self, time_ns: int) -> None:
+        """Storage works for it no longer, or its request no longer waits for that."""
+        if not self._ended:
+            self._ended = True
+            self.request.prefetch_ns = time_ns - self.start_ns
 
 
 @dataclass(slots=True)
@@ -116,8 +125,9 @@ class StorageThreads:
             happen(event_ns)
 
     def next_event_ns(self) -> int | None:
-        """When the next operation ends."""
-        return self._events[0][0] if self._events else None
+        """When the next operation after now ends."""
+        now_ns = self._clock.now_ns
+        return min((time_ns for time_ns, _, _ in self._events if time_ns > now_ns), default=None)
 
     def _at(self, time_ns: int, happen: Callable[[int], None]) -> None:
         self._serial += 1
@@ -133,13 +143,14 @@ class StorageThreads:
         end = operation.start + operation.num_tokens
         hit = self.index.count(operation.key, operation.start, end)
         if hit < self._threshold:
-            self.messages.revoked.append(operation.row)
+            operation.end(time_ns)
+            self.messages.revoked.append(operation.request.row)
             self.messages.released_tokens += operation.num_tokens
-            self._observer().prefetch_revoked(operation.row, time_ns, hit)
+            self._observer().prefetch_revoked(operation.request.row, time_ns, hit)
             return
         operation.hit_tokens = hit
         self.messages.released_tokens += operation.num_tokens - hit
-        self._observer().prefetch_hit(operation.row, time_ns, hit)
+        self._observer().prefetch_hit(operation.request.row, time_ns, hit)
         self._reading.append(operation)
         if len(self._reading) == 1:
             self._read(operation, 0, time_ns)
@@ -156,8 +167,9 @@ class StorageThreads:
             if operation.completed < operation.hit_tokens:
                 self._read(operation, next_page, time_ns)
                 return
+        operation.end(time_ns)
         self.messages.released_tokens += operation.hit_tokens - operation.completed
-        self._observer().prefetch_read(operation.row, time_ns, operation.completed, stopped)
+        self._observer().prefetch_read(operation.request.row, time_ns, operation.completed, stopped)
         self._reading.popleft()
         if self._reading:
             self._read(self._reading[0], 0, time_ns)
