@@ -64,7 +64,7 @@ def summarize(
 def _interval(size: stats.FloatArray, groups: npt.NDArray[Any] | None, seed: int) -> stats.Interval | None:
     """Of the mean of `size`."""
     if groups is None:
-        rows, length, statistic = len(size), stats.block_length(size), stats.weighted_mean(size)
+        rows, length, statistic = len(size), stats.block_length(size), stats.mean(size)
     else:
         _, place = np.unique(groups, return_inverse=True)
         count = np.bincount(place.ravel()).astype(np.float64)
@@ -86,9 +86,9 @@ def step_statistics(
     error = stats.relative_errors(measured, predicted)
     size = np.abs(error)
     return {
-        "step_mape": stats.weighted_mean(size),
-        **{f"step_mape_{name}": stats.weighted_mean(size, regime == name) for name in REGIMES if name in regime},
+        "step_mape": stats.mean(size),
+        **{f"step_mape_{name}": stats.mean(size, regime == name) for name in REGIMES if name in regime},
         "step_bias": stats.ratio_of_sums(predicted, measured),
-        "step_mean_error": stats.weighted_mean(error),
+        "step_mean_error": stats.mean(error),
         **{f"step_p{q}_ape": stats.quantile(size, q / 100) for q in (50, 90, 99)},
     }

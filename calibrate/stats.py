@@ -12,25 +12,28 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
+
+from kvtwin.calibrate.resamples import Resamples, running_total
 
 FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
 class Statistic:
-    """A number of a sample, and the same number of weighted samples.
+    """A number of a sample, and the same number of its resamples.
 
     Attributes:
         value: of the sample itself.
-        resampled: weights of shape (resamples, n) to values of shape (resamples,).
+        resampled: its values, shape (resamples,).
     """
 
     value: float
-    resampled: Callable[[FloatArray], FloatArray]
+    resampled: Callable[[Resamples], FloatArray]
 
 
 Interval = tuple[float, float]
@@ -80,23 +83,25 @@ def stream(seed: int, name: str) -> np.random.Generator:
     return np.random.default_rng([seed, zlib.crc32(name.encode())])
 
 
-# ---- weighted statistics: what a resample (how often each row was drawn) does to a number --------------------
+# ---- statistics: what a resample does to a number ------------------------------------------------------------
 
 
-def _statistic(resampled: Callable[[FloatArray], FloatArray], n: int) -> Statistic:
+def _statistic(resampled: Callable[[Resamples], FloatArray], n: int) -> Statistic:
     """One whose value is that of every row drawn once."""
-    return Statistic(float(resampled(np.ones((1, n)))[0]), resampled)
+    return Statistic(float(resampled(Resamples.whole(n))[0]), resampled)
 
 
-def weighted_mean(values: FloatArray, rows: npt.NDArray[np.bool_] | None = None) -> Statistic:
-    """sum(w_i x_i) / sum(w_i), over `rows` only where given; NaN for a resample that drew none of them."""
+def mean(values: FloatArray, rows: npt.NDArray[np.bool_] | None = None) -> Statistic:
+    """The mean, of `rows` only where given; NaN for a resample that drew none of them."""
     kept = np.ones(len(values)) if rows is None else rows.astype(np.float64)
-    return _statistic(lambda weights: _divide(weights @ (kept * values), weights @ kept), len(values))
+    total, number = running_total(kept * values), running_total(kept)
+    return _statistic(lambda drawn: _divide(drawn.totals(total), drawn.totals(number)), len(values))
 
 
 def ratio_of_sums(top: FloatArray, bottom: FloatArray) -> Statistic:
-    """sum(w_i top_i) / sum(w_i bottom_i) - 1: the signed bias of pairs, which is the error of their sum and mean."""
-    return _statistic(lambda weights: _divide(weights @ top, weights @ bottom) - 1, len(top))
+    """sum(top) / sum(bottom) - 1: the signed bias of pairs, which is the error of their sum and mean."""
+    above, below = running_total(top), running_total(bottom)
+    return _statistic(lambda drawn: _divide(drawn.totals(above), drawn.totals(below)) - 1, len(top))
 
 
 def quantile(values: FloatArray, q: float) -> Statistic:
@@ -115,29 +120,35 @@ def quantile_ratio(measured: FloatArray, simulated: FloatArray, q: float) -> Sta
     top, bottom = quantile(simulated, q), quantile(measured, q)
     return Statistic(
         relative_error(bottom.value, top.value),
-        lambda weights: _divide(top.resampled(weights), bottom.resampled(weights)) - 1,
+        lambda drawn: _divide(top.resampled(drawn), bottom.resampled(drawn)) - 1,
     )
 
 
-def _harrell_davis(values: FloatArray, q: float) -> Callable[[FloatArray], FloatArray]:
+def _harrell_davis(values: FloatArray, q: float) -> Callable[[Resamples], FloatArray]:
     n = len(values)
     order = np.argsort(values, kind="stable")
-    ranked, rank = values[order], np.empty(n, np.int64)
-    rank[order] = np.arange(n)
+    ranked = values[order]
     share = _beta_shares(n, q)
     first_count, last_count = np.searchsorted(share, [_NO_SHARE, 1 - _NO_SHARE])
 
-    def resampled(weights: FloatArray) -> FloatArray:
+    @lru_cache(maxsize=2)
+    def window(reach: int) -> tuple[int, int, FloatArray]:
+        low, high = max(0, int(q * n) - reach), min(n, int(q * n) + reach)
+        is_below = np.zeros(n)
+        is_below[order[:low]] = 1
+        return low, high, running_total(is_below)
+
+    def resampled(drawn: Resamples) -> FloatArray:
         # How many draws lie at or below each rank, for the ranks about the quantile: the others have no share.
         reach = int(_REACH * np.sqrt(n)) + 1
         while True:
-            low, high = max(0, int(q * n) - reach), min(n, int(q * n) + reach)
-            below = weights @ (rank < low).astype(np.float64)
-            drawn = below[:, None] + np.cumsum(weights[:, order[low:high]], axis=1)
-            if (low == 0 or below.max() <= first_count) and (high == n or drawn[:, -1].min() >= last_count):
+            low, high, is_below = window(reach)
+            below = drawn.totals(is_below)
+            counts = below[:, None] + np.cumsum(drawn.weights[:, order[low:high]], axis=1)
+            if (low == 0 or below.max() <= first_count) and (high == n or counts[:, -1].min() >= last_count):
                 break
             reach *= 2
-        shares = np.diff(share[drawn.astype(np.int64)], axis=1, prepend=share[below.astype(np.int64)][:, None])
+        shares = np.diff(share[counts.astype(np.int64)], axis=1, prepend=share[below.astype(np.int64)][:, None])
         return _divide(shares @ ranked[low:high], shares.sum(axis=1))
 
     return resampled
@@ -216,33 +227,11 @@ def num_resamples(n: int) -> int:
     return int(np.clip(_MAX_DRAWS // max(n, 1), MIN_RESAMPLES, MAX_RESAMPLES))
 
 
-def block_weights(n: int, length: int, resamples: int, rng: np.random.Generator) -> FloatArray:
-    """How often each of n rows is drawn, per resample: blocks of `length` rows, in a circle, until n rows are drawn.
-
-    Circular block bootstrap (Politis & Romano 1992; moving blocks: Kuensch 1989): the rows form a circle, so
-    that the first and last rows are drawn as often as the others. The last block is cut short.
-    """
-    blocks = -(-n // length)
-    starts = rng.integers(0, n, (resamples, blocks))
-    lengths = np.full(blocks, length)
-    lengths[-1] = n - length * (blocks - 1)
-    ends = starts + lengths
-    row = np.arange(resamples)[:, None] * (n + 1)
-    size = resamples * (n + 1)
-    wraps = ends > n
-    ends = np.where(wraps, ends - n, ends)
-    # Count +1 where a block begins and -1 where it has ended; one that wraps around begins again at row 0.
-    change = np.bincount((row + starts).ravel(), minlength=size) - np.bincount((row + ends).ravel(), minlength=size)
-    change = change.reshape(resamples, n + 1)
-    change[:, 0] += wraps.sum(axis=1)
-    return np.cumsum(change, axis=1, dtype=np.float64)[:, :n]
-
-
 def standard_error(values: FloatArray, rng: np.random.Generator) -> float:
     """Of the mean of `values`, rows in the order in which they depend on one another: from resampled blocks."""
     n = len(values)
-    weights = block_weights(n, block_length(values), _STANDARD_ERROR_RESAMPLES, rng)
-    return float(np.std(weights @ values / n))
+    drawn = Resamples.draw(n, block_length(values), _STANDARD_ERROR_RESAMPLES, rng)
+    return float(np.std(drawn.totals(running_total(values)) / n))
 
 
 def bootstrap(
@@ -319,15 +308,15 @@ def _resample(
     rows = max(1, _CHUNK_DRAWS // n)
     parts: dict[str, list[FloatArray]] = {name: [] for name in statistics}
     for first in range(0, total, rows):
-        weights = block_weights(n, length, min(rows, total - first), rng)
+        drawn = Resamples.draw(n, length, min(rows, total - first), rng)
         for name, statistic in statistics.items():
-            parts[name].append(statistic.resampled(weights))
+            parts[name].append(statistic.resampled(drawn))
     return {name: np.concatenate(values) for name, values in parts.items()}
 
 
 def _smooth(statistic: Statistic, n: int) -> float:
     """What resamples estimate: the statistic itself, but for a quantile its smooth estimate."""
-    return float(statistic.resampled(np.ones((1, n)))[0])
+    return float(statistic.resampled(Resamples.whole(n))[0])
 
 
 def _few_blocks(n: int, length: int, confidence: float) -> float:

@@ -219,7 +219,7 @@ def _time_findings(pair: _Pair, time: str, known: Rows) -> tuple[dict[str, _Find
     statistics = {
         "mean": stats.ratio_of_sums(simulated, measured),
         **{name: stats.quantile_ratio(measured, simulated, q) for name, q in QUANTILES.items()},
-        "mape": stats.weighted_mean(sizes, positive),
+        "mape": stats.mean(sizes, positive),
     }
     intervals, how = pair.intervals(time, (_share(simulated) - _share(measured), sizes), statistics)
     repeats = [side.times[time] for side in pair.repeats]

@@ -64,7 +64,7 @@ class _Sample:
 
     def statistics(self) -> dict[str, Statistic]:
         quantiles = {name: stats.quantile(self.values, q) for name, q in QUANTILES.items()}
-        return {"mean": stats.weighted_mean(self.values), **quantiles}
+        return {"mean": stats.mean(self.values), **quantiles}
 
 
 def _time_checks(time: str, one: _Sample, two: _Sample, name: str, rng: np.random.Generator) -> list[Check]:

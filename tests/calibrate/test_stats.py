@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtwin.calibrate import stats
+from kvtwin.calibrate.resamples import Resamples
 
 
 def ar1(rng: np.random.Generator, rho: float, rows: int, n: int) -> stats.FloatArray:
@@ -44,19 +45,25 @@ def test_no_relative_error_without_a_positive_measurement() -> None:
     assert np.isnan(stats.relative_errors(np.array([0.0, 2.0]), np.array([1.0, 2.0]))).tolist() == [True, False]
 
 
-weights_and_values = st.integers(1, 12).flatmap(
-    lambda n: st.tuples(
-        st.lists(st.integers(0, 4), min_size=n, max_size=n).filter(any),
-        st.lists(st.integers(-50, 50), min_size=n, max_size=n),
-    )
-)
-
-
-@given(weights_and_values)
-def test_a_weighted_mean_equals_numpy_on_the_repeated_sample(drawn: tuple[list[int], list[int]]) -> None:
-    weights, values = np.array([drawn[0]], float), np.array(drawn[1], float)
-    sample = np.repeat(values, drawn[0])
-    assert stats.weighted_mean(values).resampled(weights)[0] == pytest.approx(sample.mean(), abs=1e-9)
+@given(st.integers(1, 60), st.data())
+def test_statistics_of_a_resample_equal_those_of_the_repeated_rows(n: int, data: st.DataObject) -> None:
+    length = data.draw(st.integers(1, n))
+    rng = np.random.default_rng(n)
+    drawn = Resamples.draw(n, length, 5, rng)
+    top, bottom, rows = rng.normal(size=n), rng.lognormal(size=n), rng.random(n) < 0.5
+    found = [
+        statistic.resampled(drawn)
+        for statistic in (stats.mean(top), stats.mean(top, rows), stats.ratio_of_sums(top, bottom))
+    ]
+    for index, weights in enumerate(drawn.weights):
+        sample = np.repeat(np.arange(n), weights.astype(int))
+        kept = sample[rows[sample]]
+        expected = [
+            top[sample].mean(),
+            top[kept].mean() if len(kept) else np.nan,
+            top[sample].sum() / bottom[sample].sum() - 1,
+        ]
+        assert [values[index] for values in found] == pytest.approx(expected, abs=1e-9, nan_ok=True)
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 300, 5000])
@@ -67,8 +74,8 @@ def test_resampled_quantiles_are_the_harrell_davis_quantiles_of_scipy(n: int, q:
     values = rng.lognormal(size=n)
     statistic = stats.quantile(values, q)
     assert statistic.value == np.quantile(values, q)
-    weights = stats.block_weights(n, max(1, n // 7), 3, rng)
-    for row, found in zip(weights, statistic.resampled(weights), strict=True):
+    drawn = Resamples.draw(n, max(1, n // 7), 3, rng)
+    for row, found in zip(drawn.weights, statistic.resampled(drawn), strict=True):
         sample = np.repeat(values, row.astype(int))
         # One value is its own quantile; scipy has an answer from two on.
         expected = theirs(sample, [q])[0] if n > 1 else values[0]
@@ -76,14 +83,13 @@ def test_resampled_quantiles_are_the_harrell_davis_quantiles_of_scipy(n: int, q:
 
 
 @given(st.integers(1, 60), st.data())
-def test_block_weights_are_whole_circular_blocks(n: int, data: st.DataObject) -> None:
+def test_resamples_are_whole_circular_blocks(n: int, data: st.DataObject) -> None:
     length = data.draw(st.integers(1, n))
-    weights = stats.block_weights(n, length, 20, np.random.default_rng(n))
-    # The same draws, one row at a time.
-    starts = np.random.default_rng(n).integers(0, n, (20, -(-n // length)))
-    for row, begin in zip(weights, starts, strict=True):
+    drawn = Resamples.draw(n, length, 20, np.random.default_rng(n))
+    for row, begin in zip(drawn.weights, drawn.starts, strict=True):
         index = (begin[:, None] + np.arange(length)).ravel()[:n] % n
         assert row.tolist() == np.bincount(index, minlength=n).tolist()
+    assert Resamples.whole(n).weights.tolist() == [[1.0] * n]
 
 
 def test_with_blocks_of_one_row_it_is_the_plain_bootstrap_of_scipy() -> None:
@@ -167,7 +173,7 @@ def coverage(rho: float, pairs: int, length: int | None = None, n: int = 300) ->
 def test_the_interval_depends_on_seed_and_name_only() -> None:
     values = np.random.default_rng(0).lognormal(size=50)
     results = [
-        stats.bootstrap(50, 3, {"x": stats.weighted_mean(values)}, stats.stream(seed, name))["x"]
+        stats.bootstrap(50, 3, {"x": stats.mean(values)}, stats.stream(seed, name))["x"]
         for seed, name in [(1, "a"), (1, "a"), (2, "a"), (1, "b")]
     ]
     assert results[0] == results[1]
@@ -176,7 +182,7 @@ def test_the_interval_depends_on_seed_and_name_only() -> None:
 
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.default_rng(0).lognormal(size=400)
-    statistics = {"x": stats.weighted_mean(values)}
+    statistics = {"x": stats.mean(values)}
     whole = stats.bootstrap(400, 5, statistics, np.random.default_rng(0))["x"]
     monkeypatch.setattr(stats, "_CHUNK_DRAWS", 1000)
     assert stats.bootstrap(400, 5, statistics, np.random.default_rng(0))["x"] == pytest.approx(whole, rel=1e-12)
