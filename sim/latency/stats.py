@@ -31,6 +31,7 @@ COLUMNS = (
 )
 
 REGIMES: Final = ("prefill", "decode", "mixed")
+_PART_STEPS: Final = 1 << 16
 
 
 def batch_row(cache_lens: Sequence[int], input_lens: Sequence[int]) -> tuple[int, ...]:
@@ -94,11 +95,19 @@ class BatchStats:
     @classmethod
     def of_steps(cls, steps: pa.Table) -> BatchStats:
         """All batches of a `steps` table (schema.STEPS), each with at least one member."""
-        cache = steps.column("cache_len").combine_chunks()
-        offsets = cache.offsets.to_numpy()[:-1]
-        cache_len = cache.values.to_numpy().astype(np.int64)
-        input_len = steps.column("input_len").combine_chunks().values.to_numpy().astype(np.int64)
-        return cls.of_members(offsets, cache_len, input_len)
+        # A part at a time: the members of a million steps as 64-bit integers are gigabytes.
+        parts = [cls._of_part(steps.slice(first, _PART_STEPS)) for first in range(0, steps.num_rows, _PART_STEPS)]
+        return cls(np.concatenate([part.table for part in parts]) if parts else np.empty((0, len(COLUMNS)), np.int64))
+
+    @classmethod
+    def _of_part(cls, steps: pa.Table) -> BatchStats:
+        lists = [steps.column(name).combine_chunks() for name in ("cache_len", "input_len")]
+        bounds = [members.offsets.to_numpy() for members in lists]
+        cache_len, input_len = (
+            members.values.to_numpy()[offsets[0] : offsets[-1]].astype(np.int64)
+            for members, offsets in zip(lists, bounds, strict=True)
+        )
+        return cls.of_members(bounds[0][:-1] - bounds[0][0], cache_len, input_len)
 
     @classmethod
     def of_members(cls, offsets: npt.NDArray[np.integer], cache_len: IntArray, input_len: IntArray) -> BatchStats:

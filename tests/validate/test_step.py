@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kvtwin.traces
-from kvtwin.sim.latency.stats import durations_ns
+from kvtwin.sim.latency.stats import BatchStats, durations_ns
 from kvtwin.traces.errors import InputError
 from kvtwin.traces.readers import read_run
 from kvtwin.traces.run import Run
@@ -191,3 +191,12 @@ def test_runs_without_alike_batches_are_refused() -> None:
     other = Run(run.info, {"requests": run.requests, "steps": run.steps.set_column(index, "input_len", longer)})
     with pytest.raises(InputError, match="no step has a batch like"):
         predictions_of_run(run, other)
+
+
+def test_parts_of_a_long_run_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = read_run(RUNS / "poisson_1").steps
+    whole = BatchStats.of_steps(steps)
+    monkeypatch.setattr("kvtwin.sim.latency.stats._PART_STEPS", 1000)
+    assert np.array_equal(BatchStats.of_steps(steps).table, whole.table)
+    assert np.array_equal(BatchStats.of_steps(steps.slice(1234, 50)).table, whole.table[1234:1284])
+    assert len(BatchStats.of_steps(steps.slice(0, 0))) == 0
