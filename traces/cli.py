@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvtwin.traces.export import add_command as add_export
+
 if TYPE_CHECKING:  # the commands import what they need, so that `kvtwin --help` starts at once
     from kvtwin.traces.run import Run
 
@@ -32,6 +34,7 @@ def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
     load.add_argument("--model", metavar="TEXT", help="the model served, kept in run.json")
     load.add_argument("--json", action="store_true", help="print one JSON document")
     load.set_defaults(run=_import)
+    add_export(commands)
 
 
 def _add_format(parser: argparse.ArgumentParser) -> None:

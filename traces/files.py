@@ -1,16 +1,33 @@
-"""Write a text file so that a reader never sees half of it."""
+"""Write a file so that a reader never sees half of it."""
 
 from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from kvtwin.traces.errors import InputError
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> Path:
-    """Write `text` as UTF-8 to `path`, replacing an older file: all of it or nothing (written beside, then renamed).
+    """Write `text` as UTF-8 to `path`, replacing an older file: all of it or nothing.
+
+    Folders on the way are made.
+
+    Raises:
+        InputError: the place cannot be written to.
+    """
+    with replacing(path) as stream:
+        stream.write(text.encode())
+    return Path(path)
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """A stream to a new file beside `path`, which takes its place when the block ends well; else nothing is left.
 
     Folders on the way are made.
 
@@ -22,8 +39,8 @@ def write_text(path: str | os.PathLike[str], text: str) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, scratch = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as stream:
-            stream.write(text)
+        with os.fdopen(handle, "wb") as stream:
+            yield stream
         os.chmod(scratch, 0o644)
         os.replace(scratch, target)
     except BaseException as error:
@@ -32,4 +49,3 @@ def write_text(path: str | os.PathLike[str], text: str) -> Path:
         if isinstance(error, OSError):
             raise InputError(f"cannot be written ({error.strerror})", path=target) from error
         raise
-    return target
