@@ -14,6 +14,7 @@ from kvtwin.sim.sglang.pool import KvPool
 from kvtwin.sim.sglang.radix_cache import RadixCache
 from kvtwin.sim.sglang.radix_tree import RadixTree
 from kvtwin.sim.sglang.storage import StorageThreads
+from kvtwin.sim.sglang.storage_index import StorageLimit
 
 
 def build_cache(config: SglangConfig, pool: KvPool, clock: Clock) -> Any:
@@ -43,5 +44,6 @@ def _hi_cache(config: SglangConfig, pool: KvPool, clock: Clock) -> HiRadixCache:
     storage = None
     if config.hicache_storage_backend:
         threshold = max(prefetch.threshold, page_size)
-        storage = StorageThreads(clock, times, page_size, threshold, lambda: tree.observer)
+        limit = StorageLimit.of(config.hicache_storage_backend_extra_config, page_size)
+        storage = StorageThreads(clock, times, page_size, threshold, limit, lambda: tree.observer)
     return HiRadixCache(tree, pool, clock, caches_outputs=rules.caches_outputs, storage=storage, prefetch=prefetch)

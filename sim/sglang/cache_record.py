@@ -55,6 +55,10 @@ class CacheRecorder(CacheObserver):
         """See `CacheObserver`."""
         self._note(_STORAGE, "store", node.length)
 
+    def dropped_from_storage(self, time_ns: int, num_tokens: int) -> None:
+        """See `CacheObserver`."""
+        self._note(_STORAGE, "evict", num_tokens, time_ns=time_ns)
+
     def prefetch_asked(self, row: int, num_tokens: int, started: bool) -> None:
         """See `CacheObserver`."""
         self._note(_STORAGE, "prefetch_start", num_tokens if started else 0, row)
@@ -73,13 +77,16 @@ class CacheRecorder(CacheObserver):
         Args:
             requests: all of the run.
             scheduled_ns: when each was first scheduled, by row: its lookup; what it found then was on the device, or
-                had been loaded back to it.
+                was loaded from the host, where its own prefetch from storage may have brought it.
         """
         for request in requests:
             time_ns = scheduled_ns[request.row]
             if time_ns is not None:
                 self._note(_HBM, "lookup", request.num_prompt_tokens, request.row, time_ns)
-                self._note(_HBM, "hit", request.num_cached_tokens, request.row, time_ns)
+                from_below = request.num_host_tokens + request.num_storage_tokens
+                self._note(_HBM, "hit", request.num_cached_tokens - from_below, request.row, time_ns)
+                self._note(_HOST, "hit", request.num_host_tokens, request.row, time_ns)
+                self._note(_STORAGE, "hit", request.num_storage_tokens, request.row, time_ns)
         rows = sorted(self._rows, key=lambda row: row[0])
         columns: dict[str, list[Any]] = (
             dict(

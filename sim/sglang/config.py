@@ -104,7 +104,8 @@ class SglangConfig:
         hicache_storage_backend: name of a third level below the host; "" for none.
         hicache_storage_prefetch_policy: when a prefetch from storage ends, one of PREFETCH_POLICIES.
         hicache_storage_backend_extra_config: the backend's settings; read are `prefetch_threshold`,
-            `prefetch_timeout_base` and `prefetch_timeout_per_ki_token`.
+            `prefetch_timeout_base`, `prefetch_timeout_per_ki_token`, and what storage may hold: `max_tokens` (not an
+            SGLang setting) and `eviction_ratio` (`StorageLimit`).
         hicache_links: what HiCache's transfers take, in ns (not an SGLang argument; names and defaults: `LinkTimes`).
         tp_size: GPUs that share each layer.
         random_seed: start of the `random` policy's shuffles.

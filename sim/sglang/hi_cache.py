@@ -208,7 +208,7 @@ class HiRadixCache(RadixCache):
         return True
 
     def _may_end(self, operation: Prefetch) -> bool:
-        if self._prefetch.policy == "best_effort":
+        if self._prefetch.policy == "best_effort" or operation.failed:
             return True
         complete = operation.hit_tokens > 0 and operation.completed == operation.hit_tokens
         if complete or self._prefetch.policy == "wait_complete":

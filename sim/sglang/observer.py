@@ -26,6 +26,9 @@ class CacheObserver:
     def loaded_back(self, node: TreeNode, num_tokens: int) -> None:
         """The path to a host node is to be loaded to the device; 0 tokens: refused."""
 
+    def dropped_from_storage(self, time_ns: int, num_tokens: int) -> None:
+        """Storage has dropped its oldest pages to make room."""
+
     def storing(self, node: TreeNode) -> None:
         """A backup of a node to storage has been queued."""
 

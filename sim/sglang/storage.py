@@ -1,4 +1,4 @@
-"""HiCache's third level: what storage holds, and the threads that read and write it, as events."""
+"""HiCache's third level: the threads that read and write storage, as events."""
 
 from __future__ import annotations
 
@@ -11,41 +11,13 @@ from typing import Final
 from kvtwin.sim.sglang.clock import Clock
 from kvtwin.sim.sglang.links import Link, LinkTimes
 from kvtwin.sim.sglang.observer import CacheObserver
-from kvtwin.sim.sglang.radix_tree import RadixTree, TreeNode
+from kvtwin.sim.sglang.radix_tree import TreeNode
 from kvtwin.sim.sglang.request import SglangRequest
 from kvtwin.sim.sglang.runs import Runs
+from kvtwin.sim.sglang.storage_index import StorageIndex, StorageLimit
 
 # Pages of one query, read or write (`HiCacheController.storage_batch_size`).
 _BATCH_PAGES: Final = 128
-
-
-class StorageIndex:
-    """The pages that storage holds, each known by all tokens up to its end, as its hash chain is."""
-
-    def __init__(self, page_size: int) -> None:
-        self._tree = RadixTree(page_size)
-        self.num_tokens = 0
-
-    def put(self, key: Runs, start: int, end: int) -> None:
-        """Hold tokens `start` to `end` of a sequence."""
-        self._tree.insert(key, start)
-        self._tree.insert(key, end)
-        _, node = self._tree.match_prefix(key, end)
-        while node.end > start:
-            assert node.parent is not None
-            self.num_tokens += 0 if node.on_host else node.length
-            node.on_host = True
-            node = node.parent
-
-    def count(self, key: Runs, start: int, end: int) -> int:
-        """How many tokens from `start` on are held without a gap, up to `end`."""
-        reached = start
-        for node, depth in self._tree.walk(key, end):
-            if depth > start:
-                if not node.on_host:
-                    break
-                reached = depth
-        return reached - start
 
 
 @dataclass(slots=True, eq=False)
@@ -60,6 +32,7 @@ class Prefetch:
         hit_tokens: how many storage holds; 0 until it has answered.
         completed: tokens read.
         terminated: the scheduler has ended it.
+        failed: storage has dropped a page between its answer and the read, so that no more comes.
     """
 
     request: SglangRequest
@@ -72,6 +45,7 @@ class Prefetch:
     hit_tokens: int = 0
     completed: int = 0
     terminated: bool = False
+    failed: bool = False
     _ended: bool = False
 
     def end(self, time_ns: int) -> None:
@@ -98,15 +72,24 @@ class StorageThreads:
         times: what each operation takes.
         page_size: tokens per page.
         threshold: fewer hits than this many tokens are not worth reading.
+        limit: how much storage may hold.
         observer: a function that returns who hears of it.
     """
 
     def __init__(
-        self, clock: Clock, times: LinkTimes, page_size: int, threshold: int, observer: Callable[[], CacheObserver]
+        self,
+        clock: Clock,
+        times: LinkTimes,
+        page_size: int,
+        threshold: int,
+        limit: StorageLimit,
+        observer: Callable[[], CacheObserver],
     ) -> None:
         self._clock, self._times, self._page_size, self._threshold = clock, times, page_size, threshold
         self._observer = observer
-        self.index = StorageIndex(page_size)
+        self.index = StorageIndex(
+            page_size, limit, lambda time_ns, tokens: observer().dropped_from_storage(time_ns, tokens)
+        )
         self.messages = Messages()
         self._queries = Link(times.query_base, times.query_per_page)
         self._write_free_ns = 0
@@ -163,8 +146,11 @@ class StorageThreads:
     def _was_read(self, operation: Prefetch, next_page: int, pages: int, time_ns: int) -> None:
         stopped = operation.terminated
         if not stopped:
-            operation.completed += pages * self._page_size
-            if operation.completed < operation.hit_tokens:
+            first = operation.start + operation.completed
+            num_read = self.index.read(operation.key, first, first + pages * self._page_size)
+            operation.completed += num_read
+            operation.failed = num_read < pages * self._page_size
+            if operation.completed < operation.hit_tokens and not operation.failed:
                 self._read(operation, next_page, time_ns)
                 return
         operation.end(time_ns)
@@ -184,6 +170,6 @@ class StorageThreads:
             last = min(first + batch, end)
             pages = (last - first) // self._page_size
             time_ns += round(self._times.write_base + pages * self._times.write_per_page)
-            self._at(time_ns, lambda _, first=first, last=last: self.index.put(key, first, last))  # type: ignore[misc]
+            self._at(time_ns, lambda now_ns, first=first, last=last: self.index.put(key, first, last, now_ns))  # type: ignore[misc]
         self._write_free_ns = time_ns
         self._at(time_ns, lambda _: self.messages.backed_up.append(node))

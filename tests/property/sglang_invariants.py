@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -78,5 +79,23 @@ def check_levels(run: Run) -> None:
         assert not host.any() and not any(run.requests.column("prefetch_ns").drop_null().to_pylist())
     if not config["hicache_storage_backend"]:
         assert not storage.any()
+    if run.has("cache"):
+        check_events(run)
     evicted = run.steps.column("num_evicted_blocks").to_numpy()
     assert np.all((evicted >= 0) & (evicted <= config["max_total_tokens"] // config["page_size"]))
+
+
+def check_events(run: Run) -> None:
+    """No level drops more than it was given; the clock is monotone; steps and events agree on what left the device."""
+    tokens = Counter[tuple[int, str]]()
+    for event in run.cache.select(["level", "kind", "tokens"]).to_pylist():
+        tokens[event["level"], event["kind"]] += event["tokens"]
+    assert tokens[2, "evict"] <= tokens[2, "store"] + tokens[3, "prefetch_done"]
+    assert tokens[3, "evict"] <= tokens[3, "store"]
+    assert tokens[3, "prefetch_done"] <= tokens[3, "prefetch_start"]
+    assert tokens[1, "hit"] + tokens[2, "hit"] + tokens[3, "hit"] <= tokens[1, "lookup"]
+    assert tokens[2, "hit"] + tokens[3, "hit"] <= tokens[1, "load_back"]
+    assert tokens[3, "hit"] <= tokens[3, "prefetch_done"]
+    assert np.all(np.diff(run.cache.column("time_ns").to_numpy()) >= 0)
+    in_steps = sum(run.steps.column("num_evicted_blocks").to_pylist()) * run.info.engine_config["page_size"]
+    assert in_steps == tokens[1, "evict"]

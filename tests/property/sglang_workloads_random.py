@@ -57,7 +57,11 @@ def host_levels(draw: st.DrawFn) -> dict[str, Any]:
         "hicache_write_policy": draw(st.sampled_from(WRITE_POLICIES)),
         "hicache_storage_backend": draw(st.sampled_from(["", "file"])),
         "hicache_storage_prefetch_policy": draw(st.sampled_from(PREFETCH_POLICIES)),
-        "hicache_storage_backend_extra_config": {"prefetch_threshold": 16, "prefetch_timeout_base": 0.01},
+        "hicache_storage_backend_extra_config": {
+            "prefetch_threshold": 16,
+            "prefetch_timeout_base": 0.01,
+            "max_tokens": draw(st.sampled_from([None, 128, 700])),
+        },
         "hicache_links": {"d2h_per_token": 300 * slow, "h2d_per_token": 300 * slow, "read_per_page": 2_000 * slow},
     }
 

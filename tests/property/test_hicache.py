@@ -62,7 +62,9 @@ def random_server(rng: random.Random) -> SglangConfig:
         hicache_storage_backend=rng.choice(["", "file"]),
         hicache_storage_prefetch_policy=rng.choice(["best_effort", "wait_complete", "timeout"]),
         hicache_storage_backend_extra_config={
-            "prefetch_threshold": rng.choice([16, 64]), "prefetch_timeout_base": 0.01
+            "prefetch_threshold": rng.choice([16, 64]),
+            "prefetch_timeout_base": 0.01,
+            "max_tokens": rng.choice([None, 256, 2000]),
         },
         hicache_links={
             "d2h_per_token": rng.choice([10, 5_000, 100_000]), "read_per_page": rng.choice([100, 100_000, 3_000_000])

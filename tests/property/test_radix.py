@@ -17,6 +17,7 @@ from kvtwin.sim.sglang.pool import KvPool
 from kvtwin.sim.sglang.radix_tree import RadixTree, TreeNode
 from kvtwin.sim.sglang.runs import Runs, cut, merge_runs, num_tokens
 from kvtwin.sim.sglang.storage import StorageThreads
+from kvtwin.sim.sglang.storage_index import StorageLimit
 
 # Few ids and short runs, so that prompts share beginnings and part in the middle of runs.
 RUNS = st.lists(st.tuples(st.integers(0, 12), st.integers(1, 6)), min_size=1, max_size=5).map(merge_runs)
@@ -149,15 +150,18 @@ def test_one_pass_counts_what_an_lru_of_that_size_finds_and_belady_bounds_it(
     st.sampled_from([1, 2]),
     st.sampled_from(["write_through", "write_through_selective"]),
     st.booleans(),
+    st.sampled_from([None, 3, 20]),
     st.lists(st.tuples(RUNS, st.integers(0, 60)), max_size=30),
 )
 def test_levels_conserve_tokens_and_never_drop_what_is_held(
-    page_size: int, write_policy: str, listed: bool, work: list[tuple[Runs, int]]
+    page_size: int, write_policy: str, listed: bool, storage_pages: int | None, work: list[tuple[Runs, int]]
 ) -> None:
     clock, times = Clock(), LinkTimes(10, 1, 10, 1, 5, 1, 5, 1, 5, 1)
     device, host = KvPool(32 * page_size, page_size), KvPool(48 * page_size, page_size)
     tree = HiRadixTree("lru", device, host, clock, times, HiRules(write_policy, listed, listed))
-    tree.storage = StorageThreads(clock, times, page_size, page_size, lambda: tree.observer)
+    most = None if storage_pages is None else storage_pages * page_size
+    tree.storage = StorageThreads(clock, times, page_size, page_size, StorageLimit(most), lambda: tree.observer)
+    stored = tree.storage.index
     for key, number in work:
         then = clock.now_ns
         clock.advance(then + number)
@@ -188,6 +192,8 @@ def test_levels_conserve_tokens_and_never_drop_what_is_held(
         assert all(part.on_device or part.on_host for part in present)
         assert all(part.on_device for part in present if part.lock_ref > 0)
         assert tree.evictable + tree.protected == device.size - device.available
+        assert stored.num_tokens == sum(part.length for part in nodes(stored) if part.on_host)
+        assert most is None or stored.num_tokens <= most
 
 
 def test_a_cache_smaller_than_a_page_is_refused() -> None:

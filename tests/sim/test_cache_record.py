@@ -50,15 +50,29 @@ def test_levels_bring_back_what_the_device_dropped(policy: str, tmp_path: Path) 
     assert tiered["hit_rate"] > alone["hit_rate"]
     assert tiered["load_back_tokens_l1"][0] > 0
     for run, figures in zip(runs, (alone, tiered), strict=True):
-        assert (
-            figures["hit_tokens_l1"][0] == sum(run.requests.column("cached_tokens").to_pylist())
-            if ("hit_tokens_l1" in figures)
-            else not any(run.requests.column("cached_tokens").to_pylist())
+        hits = {level: figures.get(f"hit_tokens_l{level}", (0, 0))[0] for level in (1, 2, 3)}
+        cached, host, storage = (
+            sum(run.requests.column(name).to_pylist())
+            for name in ("cached_tokens", "cached_host_tokens", "cached_storage_tokens")
         )
+        assert hits == {1: cached - host - storage, 2: host, 3: storage}
         times = run.cache.column("time_ns").to_pylist()
         assert times == sorted(times)
     written = read_cache_events(runs[1].write(tmp_path / "run"))
     assert all(check.error == 0 for check in compare_cache(written, runs[1].cache, name="run"))
+
+
+def test_a_storage_with_a_limit_drops_its_oldest_pages_and_brings_back_less() -> None:
+    def figures(max_tokens: int | None) -> dict[str, tuple[float, int]]:
+        limit = {"hicache_storage_backend_extra_config": {"max_tokens": max_tokens}}
+        config = SglangConfig(4_096, page_size=16, **LEVELS | limit)  # type: ignore[arg-type]
+        return cache_figures(simulate_sglang(conversations(), config, LATENCY, record_cache=True).cache)
+
+    without, wide, narrow = (figures(max_tokens) for max_tokens in (None, 1 << 20, 16_384))
+    assert without == wide
+    assert "evict_tokens_l3" not in without
+    assert narrow["evict_tokens_l3"][0] > 0
+    assert narrow.get("hit_tokens_l3", (0, 0))[0] < without["hit_tokens_l3"][0]
 
 
 def test_recording_changes_nothing(shared: Path) -> None:
