@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import shutil
 import sys
@@ -14,15 +15,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from kvtwin.reports.site import CHECKS_FILE, FIGURES_FILE
+from kvtwin.reports.site import FIGURES_FILE
 from kvtwin.traces.errors import InputError
 
 if TYPE_CHECKING:
+    from kvtwin.validate.checks_json import StoredReport
     from kvtwin.validate.result import TargetReport
     from kvtwin.validate.target import Target
 
 DEMO_TARGET: Final = "vllm-cpu-tiny"
-_PAGE: Final = "report.html"
+PAGE_FILE: Final = "report.html"
 
 
 def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -35,6 +37,14 @@ def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
     check.add_argument("targets", nargs="+", type=Path, metavar="TARGET", help="target.toml, or the folder it is in")
     _add_output(check, required=True)
     check.add_argument("--junit", type=Path, metavar="FILE", help="also write the JUnit XML of all targets here")
+    check.add_argument(
+        "--baseline",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="OUT",
+        help="earlier outputs: what drifted since the oldest of them, and since when; gates with max_drift judge it",
+    )
     check.set_defaults(run=_check)
     demo = subparsers.add_parser(
         "demo",
@@ -61,22 +71,37 @@ def _check(args: argparse.Namespace) -> int:
     if repeated is not None:
         raise InputError(f"two targets are called {repeated!r}: their outputs would be one folder")
     places = names if len(names) > 1 else [""]
-    reports = run_targets(args.targets, places, args.output, seed=args.seed, junit=args.junit)
+    reports = run_targets(args.targets, places, args.output, seed=args.seed, junit=args.junit, baseline=args.baseline)
+    if os.environ.get("GITHUB_ACTIONS") == "true":
+        _tell_github(reports, args.targets)
     return _show(reports, args)
+
+
+def _tell_github(reports: Sequence[TargetReport], targets: Sequence[Path]) -> None:
+    """Annotations on stderr, which the runner reads too, and the Markdown in the job's summary."""
+    from kvtwin.reports.annotations import annotate
+    from kvtwin.reports.markdown import render_markdown
+
+    for report, path in zip(reports, targets, strict=True):
+        for line in annotate(report, path):
+            print(line, file=sys.stderr)
+    if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
+        with open(summary, "a", encoding="utf-8") as file:
+            file.writelines(f"{render_markdown(report)}\n" for report in reports)
 
 
 def _demo(args: argparse.Namespace) -> int:
     import kvtwin.traces
 
     target = Path(kvtwin.traces.__path__[0]) / "targets" / DEMO_TARGET
-    output = args.output or _unused(Path("runs") / "demo")
+    output = args.output or unused(Path("runs") / "demo")
     reports = run_targets([target], [""], output, seed=args.seed)
     code = _show(reports, args)
-    print(f"page: {(output / _PAGE).resolve()}", file=sys.stderr if args.json else sys.stdout)
+    print(f"page: {(output / PAGE_FILE).resolve()}", file=sys.stderr if args.json else sys.stdout)
     return code
 
 
-def _unused(path: Path) -> Path:
+def unused(path: Path) -> Path:
     """`path`, or `path`-2, -3 ... where it exists: the demo can be run again."""
     number = 1
     candidate = path
@@ -87,7 +112,13 @@ def _unused(path: Path) -> Path:
 
 
 def run_targets(
-    targets: Sequence[Path], places: Sequence[str], output: Path, *, seed: int = 0, junit: Path | None = None
+    targets: Sequence[Path],
+    places: Sequence[str],
+    output: Path,
+    *,
+    seed: int = 0,
+    junit: Path | None = None,
+    baseline: Sequence[Path] = (),
 ) -> list[TargetReport]:
     """Check each target and write what was found below `output`: all of it or nothing.
 
@@ -97,22 +128,25 @@ def run_targets(
         output: must not exist.
         seed: of the bootstrap intervals.
         junit: one more JUnit file, for all targets.
+        baseline: earlier outputs to compare with.
 
     Raises:
         InputError: bad input anywhere, or `output` exists.
     """
     from kvtwin.traces.run import refuse_existing
     from kvtwin.validate import junit as junit_xml
+    from kvtwin.validate.baseline import read_history
     from kvtwin.validate.target import read_target
 
     refuse_existing(output)
     read = [read_target(path) for path in targets]  # a mistake in the last file must not cost the work on the first
+    history = read_history(baseline) if baseline else None
     output.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
         scratch.chmod(0o755)
         reports = [
-            _run_target(target, path, scratch / place, seed)
+            _run_target(target, path, scratch / place, seed, None if history is None else history.get(target.name, []))
             for target, path, place in zip(read, targets, places, strict=True)
         ]
         junit_xml.write(reports, scratch / "junit.xml")
@@ -125,28 +159,36 @@ def run_targets(
     return reports
 
 
-def _run_target(target: Target, path: Path, folder: Path, seed: int) -> TargetReport:
+def _run_target(
+    target: Target, path: Path, folder: Path, seed: int, history: Sequence[StoredReport] | None
+) -> TargetReport:
     from kvtwin.reports.aggregate import document
     from kvtwin.reports.aggregate.build import aggregate
     from kvtwin.reports.markdown import render_markdown
     from kvtwin.reports.pages.target import render_target
     from kvtwin.traces.files import write_text
     from kvtwin.validate import checks_json
+    from kvtwin.validate.baseline import find_drifts
     from kvtwin.validate.check import check_target
 
     progress = _Progress(target.name)
     report, profile = check_target(target, seed=seed, progress=progress)
     command = shlex.join(["kvtwin", "check", str(path), "-o", "OUT", "--seed", str(seed)])
-    report = replace(report, provenance={**report.provenance, "command": command})
+    report = replace(report, provenance={**report.provenance, "command": command}, created=checks_json.now())
+    if history:
+        report = replace(report, drifts=find_drifts(report.checks, history, target.gates))
+    elif history is not None:
+        remarks = [*report.provenance["remarks"], "the baseline holds no report of this target: no drift judged"]
+        report = replace(report, provenance={**report.provenance, "remarks": remarks})
     progress("writing the report")
-    checks = checks_json.write(report, folder / CHECKS_FILE)
+    checks = checks_json.write(report, folder / checks_json.CHECKS_FILE)
     figures = document.write(aggregate(report), folder / FIGURES_FILE)
     profile.write(folder / "profile.json")
     for comparison in report.comparisons:
         comparison.simulated.write(folder / "simulated" / comparison.name)
     write_text(folder / "checks.md", render_markdown(report))
     # Read back: the page shows what the two documents say, here as in `kvtwin report`.
-    write_text(folder / _PAGE, render_target(checks_json.read(checks), document.read(figures)))
+    write_text(folder / PAGE_FILE, render_target(checks_json.read(checks), document.read(figures)))
     return report
 
 

@@ -6,8 +6,8 @@ import html
 import re
 from collections.abc import Sequence
 
-from kvtwin.reports.words import cells, noise_floor_sentence, summary, title, verdict_word
-from kvtwin.validate.result import Check, TargetReport
+from kvtwin.reports.words import cells, describe_drift, noise_floor_sentence, summary, title, verdict_word
+from kvtwin.validate.result import Check, Drift, TargetReport
 
 _HEADINGS = ("run", "level", "metric", "measured", "simulated", "error", "95 % interval", "noise floor", "gate")
 _MARKS = {"pass": "✅", "fail": "❌", "not distinguishable": "≈", "not judged": "⚪", "no gate": "⚪"}
@@ -22,9 +22,16 @@ def render_markdown(report: TargetReport) -> str:
         lines.append("|---|---|---|" + "---:|" * (len(_HEADINGS) - 3) + "---|")
         lines += [_row(check) for check in report.checks]
         lines.append("")
+    if report.drifts:
+        lines += ["**Since the accepted report**", "", *(_drift_line(drift) for drift in report.drifts), ""]
     floors = dict.fromkeys(noise_floor_sentence(comparison.repeats) for comparison in report.comparisons)
     lines += [f"- {escape(text)}" for text in floors if text]
     return "\n".join([*lines, *_notes(report.checks)]).rstrip("\n") + "\n"
+
+
+def _drift_line(drift: Drift) -> str:
+    text = f"{drift.metric} of {drift.run}: {drift.verdict}: {describe_drift(drift)}"
+    return f"- {_MARKS['fail'] if drift.verdict == 'fail' else _MARKS['no gate']} {escape(text)}"
 
 
 def escape(text: str) -> str:

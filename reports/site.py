@@ -12,12 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from kvtwin.traces.errors import InputError
-
 if TYPE_CHECKING:
     from kvtwin.validate.checks_json import StoredReport
 
-CHECKS_FILE: Final = "checks.json"
 FIGURES_FILE: Final = "figures.json"
 _MAX_SLUG: Final = 60
 
@@ -118,16 +115,9 @@ def _target_page(history: Sequence[_Check]) -> str:
 
 
 def _checks_in(out: Path) -> list[_Check]:
-    """The reports in an output folder: its own, or those of its sub-folders."""
     from kvtwin.validate import checks_json
 
-    if not out.is_dir():
-        raise InputError("no such folder: give the output of kvtwin check", path=out)
-    own = out / CHECKS_FILE
-    found = [own] if own.exists() else sorted(out.glob(f"*/{CHECKS_FILE}"))
-    if not found:
-        raise InputError(f"no {CHECKS_FILE} in it or in its sub-folders: give the output of kvtwin check", path=out)
-    return [_Check(path.parent, checks_json.read(path)) for path in found]
+    return [_Check(path.parent, checks_json.read(path)) for path in checks_json.report_files(out)]
 
 
 def _histories(checks: Sequence[_Check]) -> list[list[_Check]]:

@@ -12,7 +12,7 @@ from typing import Literal
 
 from kvtwin.reports.numbers import MISSING, count, number, percent, percent_interval
 from kvtwin.validate.checks_json import StoredReport
-from kvtwin.validate.result import Check, TargetReport
+from kvtwin.validate.result import Check, Drift, TargetReport
 
 AnyReport = TargetReport | StoredReport
 
@@ -109,6 +109,19 @@ def noise_floor_sentence(repeats: Sequence[str]) -> str:
 def clock_sentence(clock: Literal["queued_ns", "arrival_ns"]) -> str:
     """Which clock TTFT and latency start at."""
     return f"TTFT and latency count {_CLOCKS[clock]}."
+
+
+def describe_drift(drift: Drift) -> str:
+    """How one error changed since the accepted report."""
+    then, now = ("none" if math.isnan(error) else percent(error, signed=True) for error in (drift.before, drift.now))
+    parts = [f"error {then} in the accepted report, {now} now"]
+    if drift.moved:
+        parts.append(f"{drift.moved} moved")
+    if drift.verdict not in ("new", "gone"):
+        parts.append(f"since {drift.since}" if drift.since else "since this check")
+    if drift.allowed is not None:
+        parts.append(f"allowed to grow by {percent(drift.allowed, signed=False)}")
+    return ", ".join(parts)
 
 
 def _share_of_gate(check: Check) -> float:

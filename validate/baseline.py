@@ -14,31 +14,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final, Literal
 
-from kvtwin.traces.errors import InputError
 from kvtwin.validate import checks_json
 from kvtwin.validate.checks_json import StoredReport
 from kvtwin.validate.gates import Gates, find_gate
 from kvtwin.validate.result import Check, Drift
 
-CHECKS_FILE: Final = "checks.json"
-
 # Without a gate of its own an error drifts once its size has changed by this much: half a point.
 NOTABLE: Final = 0.005
 # A side has moved if its value differs by more than rounding.
 _MOVED: Final = 1e-9
-
-
-def report_files(out: Path) -> list[Path]:
-    """The checks.json files of an output folder of `kvtwin check`: of one target, or one per sub-folder.
-
-    Raises:
-        InputError: there is none.
-    """
-    own = out / CHECKS_FILE
-    found = [own] if own.is_file() else sorted(out.glob(f"*/{CHECKS_FILE}"))
-    if not found:
-        raise InputError(f"no {CHECKS_FILE} here: an output folder of kvtwin check expected", path=out)
-    return found
 
 
 def read_history(outs: Sequence[Path]) -> dict[str, list[StoredReport]]:
@@ -48,7 +32,7 @@ def read_history(outs: Sequence[Path]) -> dict[str, list[StoredReport]]:
         InputError: a folder holds no report, or one cannot be read.
     """
     found: dict[str, list[StoredReport]] = {}
-    for path in (file for out in outs for file in report_files(out)):
+    for path in (file for out in outs for file in checks_json.report_files(out)):
         report = checks_json.read(path)
         found.setdefault(report.target.get("name", ""), []).append(report)
     return {name: sorted(reports, key=lambda report: report.created or "") for name, reports in found.items()}

@@ -24,6 +24,7 @@ from kvtwin.validate.result import (
     TargetReport,
 )
 
+CHECKS_FILE: Final = "checks.json"
 MAX_BYTES: Final = 64 * 1024 * 1024  # a report holds some hundreds of checks: more than this is another file
 _DATE_FORMAT: Final = "%Y-%m-%dT%H:%M:%SZ"  # one form only, so that dates sort as text
 
@@ -76,7 +77,7 @@ def to_json(report: TargetReport) -> dict[str, Any]:
     """
     document = {
         "schema_version": CHECKS_SCHEMA_VERSION,
-        "created": _now(),
+        "created": report.created or now(),
         "verdict": report.verdict,
         "target": report.target,
         "checks": report.checks,
@@ -98,6 +99,21 @@ def write(report: TargetReport, path: str | PathLike[str]) -> Path:
         InputError: the place cannot be written to.
     """
     return write_text(path, json.dumps(to_json(report), indent=1, allow_nan=False) + "\n")
+
+
+def report_files(out: Path) -> list[Path]:
+    """The checks.json files of an output folder of `kvtwin check`: its own, or those of its sub-folders.
+
+    Raises:
+        InputError: there is none.
+    """
+    if not out.is_dir():
+        raise InputError("no such folder: give the output of kvtwin check", path=out)
+    own = out / CHECKS_FILE
+    found = [own] if own.is_file() else sorted(out.glob(f"*/{CHECKS_FILE}"))
+    if not found:
+        raise InputError(f"no {CHECKS_FILE} in it or in its sub-folders: give the output of kvtwin check", path=out)
+    return found
 
 
 def read(path: str | PathLike[str]) -> StoredReport:
@@ -126,7 +142,7 @@ def _check_date(text: str, path: str | PathLike[str]) -> None:
         raise InputError(f"{text!r} is no date such as 2026-11-23T11:20:00Z", path=path, column="created") from error
 
 
-def _now() -> str:
+def now() -> str:
     """This second in UTC, or what SOURCE_DATE_EPOCH says it is (https://reproducible-builds.org/specs/)."""
     epoch = os.environ.get("SOURCE_DATE_EPOCH")
     try:

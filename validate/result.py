@@ -206,6 +206,7 @@ class TargetReport:
         schedules: scheduler logs beside the simulated scheduler, one per recorded run with steps.
         attributions: the causes of the end-to-end errors, by run and metric.
         drifts: what changed since the accepted report; empty without `--baseline`.
+        created: when the check was made, UTC, as "2026-11-23T11:20:00Z"; None where nobody noted it.
     """
 
     target: Mapping[str, str]
@@ -216,6 +217,7 @@ class TargetReport:
     schedules: tuple[ScheduleFinding, ...] = ()
     attributions: tuple[Attribution, ...] = ()
     drifts: tuple[Drift, ...] = ()
+    created: str | None = None
 
     @property
     def verdict(self) -> Literal["pass", "fail"]:
