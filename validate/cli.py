@@ -1,4 +1,4 @@
-"""`kvtwin validate step|scheduler|cache|e2e`: two runs compared, or a run and a profile. (`kvtwin check` is in reports/.)"""
+"""`kvtwin validate LEVEL`: two runs compared, or a run and a profile or engine. (`kvtwin check` is in reports/.)"""
 
 from __future__ import annotations
 

@@ -14,15 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from sglang_cache_log import CacheLog, taken  # type: ignore[import-not-found]  # beside this file
-from sglang_workloads import (  # type: ignore[import-not-found]  # beside this file
-    CaseRequest,
-    make_workload,
-)
 
 from kvtwin.sim.sglang.pool import KvPool
 from kvtwin.sim.sglang.radix_cache import RadixCache
 from kvtwin.sim.sglang.radix_tree import RadixTree, TreeNode
 from kvtwin.sim.sglang.request import SglangRequest
+from kvtwin.traces.readers.sglang_workloads import CaseRequest, make_workload
 
 _RADIX_FIELDS = (
     "i", "input_length", "matched", "prefix after insert", "evicted tokens", "evicted nodes", "evictable", "protected",

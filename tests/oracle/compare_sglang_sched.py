@@ -14,12 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from sglang_cache_log import CacheLog, taken  # type: ignore[import-not-found]  # beside this file
-from sglang_workloads import (  # type: ignore[import-not-found]  # beside this file
-    OUTPUT_BASE,
-    OUTPUTS_PER_REQUEST,
-    CaseRequest,
-    make_workload,
-)
 
 from kvtwin.sim.latency.linear import LinearLatency
 from kvtwin.sim.sglang.batch import DECODE, Batch
@@ -30,13 +24,9 @@ from kvtwin.sim.sglang.scheduler import UpstreamStopError
 from kvtwin.sim.sglang.simulate import build_engine, unset_priority
 from kvtwin.sim.sglang.stretch import Stretch
 from kvtwin.traces.errors import KvtwinError
+from kvtwin.traces.readers.sglang_log import engine_settings
+from kvtwin.traces.readers.sglang_workloads import OUTPUT_BASE, OUTPUTS_PER_REQUEST, CaseRequest, make_workload
 
-_RENAMED: dict[str, str] = {
-    "pool_tokens": "max_total_tokens", "mixed_chunk": "enable_mixed_chunk", "eviction_policy": "radix_eviction_policy",
-    "priority_scheduling": "enable_priority_scheduling", "low_priority_first": "schedule_low_priority_values_first",
-    "preemption_threshold": "priority_scheduling_preemption_threshold", "context_len": "context_length",
-}  # fmt: skip
-_LINK_TIMES = ("_base", "_per_token", "_per_page")
 _FIELDS = (
     "step", "t_start", "t_end", "mode", "t_scheduled", "rows", "context tokens", "waiting queue", "waiting",
     "running batch", "available", "evictable", "protected", "new_token_ratio", "requeued", "finished", "evicted",
@@ -71,29 +61,8 @@ def read_case(path: Path) -> Case:
 
 
 def case_config(case: Case) -> SglangConfig:
-    """The engine of a case under SGLang's own argument names."""
-    given: dict[str, Any] = dict(case.settings["config"])
-    hicache = given.pop("hicache", None)
-    settings: dict[str, Any] = {_RENAMED.get(name, name): value for name, value in given.items()}
-    settings["disable_overlap_schedule"] = not settings.pop("overlap", False)
-    settings.setdefault("context_length", 1 << 17)
-    settings |= {"engine": "sglang", "version": case.settings["version"], "random_seed": case.settings.get("seed", 0)}
-    if hicache:
-        settings |= hicache_settings(hicache)
-    return sglang_config(settings, case.path)
-
-
-def hicache_settings(hicache: Mapping[str, Any]) -> dict[str, Any]:
-    """A case's `hicache` table under SGLang's argument names."""
-    return {
-        "enable_hierarchical_cache": True,
-        "hicache_ratio": hicache.get("ratio", 2.0),
-        "hicache_write_policy": hicache["write_policy"],
-        "hicache_storage_backend": "oracle" if hicache.get("storage") else "",
-        "hicache_storage_prefetch_policy": hicache.get("prefetch_policy", "best_effort"),
-        "hicache_storage_backend_extra_config": hicache.get("extra_config") or {},
-        "hicache_links": {name: value for name, value in hicache.items() if name.endswith(_LINK_TIMES)},
-    }
+    """The engine of a case."""
+    return sglang_config(engine_settings(case.settings, case.settings["version"], case.path), case.path)
 
 
 def case_requests(case: Case, config: SglangConfig) -> tuple[list[CaseRequest], list[SglangRequest]]:

@@ -63,13 +63,27 @@ MOONCAKE: Rows = [
     {"timestamp": 0, "input_length": 513, "output_length": 5, "hash_ids": [3, 4]},
     {"timestamp": 3001, "input_length": 512, "output_length": 1, "hash_ids": [3]},
 ]
+SGLANG_CASE = {
+    "workload": {"kind": "poisson", "seed": 1, "n": 2, "rate": 10, "in_lo": 3, "in_hi": 6, "out_lo": 2, "out_hi": 2,
+                 "n_prefix": 1, "prefix_len": 4},
+    "config": {"page_size": 1, "pool_tokens": 1000, "overlap": False},
+}  # fmt: skip
+SGLANG_LOG: list[Any] = [
+    {"type": "meta", "sglang": "0.5.9", "case": SGLANG_CASE, "fields": []},
+    [1, 100, 300, "E", 90, [[0, 0, 7], [1, 4, 6]], 17, [], 0, 0, 980, 5, 9, 0.7, [], [], [], [0, 1], 0, [], []],
+    [2, 300, 400, "D", 300, [0, 1], 17, [], 0, 2, 978, 5, 9, 0.7, [1], [], [], [], 0, [], []],
+    [3, 400, 500, "D", 400, 0, 19, [], 0, 2, 976, 5, 9, 0.7, [], [0], [], [], 0, [], []],
+    ["R", 0, 0, 50, 7, 2, 100, 300, 400, 0, 0],
+    ["R", 1, 1, 60, 10, 3, 100, 300, 500, 4, 1],
+    {"type": "summary", "status": "ok"},
+]
 AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
 2023-11-16 18:15:59.9999999,374,44
 2023-11-16 18:16:00.0000001,396,109
 """
 
 
-def write_jsonl(path: Path, rows: Rows) -> Path:
+def write_jsonl(path: Path, rows: list[Any]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
@@ -104,6 +118,7 @@ SAMPLES: Mapping[str, Sample] = {
     "vllm_recording": make_recording,
     "llmservingsim_run": make_bench,
     "llmservingsim_workload": lambda folder: write_jsonl(folder / "workload.jsonl", WORKLOAD),
+    "sglang_log": lambda folder: write_jsonl(folder / "sglang.jsonl", SGLANG_LOG),
     "mooncake": lambda folder: write_jsonl(folder / "mooncake.jsonl", MOONCAKE),
     "azure2023": make_azure,
 }

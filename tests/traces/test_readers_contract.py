@@ -23,6 +23,7 @@ REAL = {
     "data/vllm_cpu/saturated_2": ("vllm_recording", 220, 930),
     "oracle/vllm/h_edges": ("vllm_recording", 180, 3317),
     "oracle/vllm019/j_async_priority": ("vllm_recording", 350, 1047),
+    "oracle/sglang/v059/sched_prio_p1.jsonl.gz": ("sglang_log", 220, 3326),
     "oracle/vllm/c_synth_300/trace.jsonl.gz": ("kvtwin_jsonl", 300, None),
     "data/runs/llmservingsim/RTXPRO6000__Llama-3.1-8B": ("llmservingsim_run", 300, None),
     "data/runs/llmservingsim/workloads/sharegpt-llama-3.1-8b-300-sps10.jsonl.gz": ("llmservingsim_workload", 300, None),

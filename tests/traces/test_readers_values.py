@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -120,3 +121,36 @@ def test_kvtwin_jsonl_takes_nanoseconds_and_token_ids(tmp_path: Path) -> None:
     assert _column(run, "arrival_ns") == [3, 4]
     assert _column(run, "block_hashes") == [[0], None]
     assert run.info.hash_block_tokens == 16
+
+
+def test_sglang_log(read: Callable[[str], Run]) -> None:
+    run = read("sglang_log")
+    assert run.info.engine == "sglang 0.5.9"
+    assert run.info.engine_config["max_total_tokens"] == 1000 and run.info.engine_config["disable_overlap_schedule"]
+    assert _column(run, "scheduled_ns") == [90, 90]
+    assert _column(run, "finish_ns") == [400, 500]
+    assert run.info.hash_block_tokens == 4
+    # One common block of 4 tokens, then their own.
+    assert _column(run, "block_hashes") == [[0, 51200000], [0, 51200512, 51200516]]
+    steps = run.steps.to_pylist()
+    assert [step["sched_ns"] for step in steps] == [90, 300, 400]
+    assert [step["request"] for step in steps] == [[0, 1]] * 3
+    assert [step["cache_len"] for step in steps] == [[0, 4], [7, 10], [8, 11]]
+    assert [step["input_len"] for step in steps] == [[7, 6], [1, 1], [1, 1]]
+    assert [step["preempted"] for step in steps] == [[], [1], []]
+    # Logged a step late.
+    assert [step["finished"] for step in steps] == [[], [0], [1]]
+    assert [step["num_free_blocks"] for step in steps] == [985, 983, 981]
+
+
+def test_sglang_log_of_a_trace_that_is_not_there_has_no_prompts(
+    samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ORACLE_TRACES", raising=False)
+    path = samples["sglang_log"](tmp_path)
+    lines = path.read_text().splitlines()
+    meta = json.loads(lines[0])
+    meta["case"]["workload"] = {"kind": "mooncake", "trace": "conversation", "start": 0, "count": 2}
+    path.write_text("\n".join([json.dumps(meta), *lines[1:]]))
+    run = read_run(path)
+    assert _column(run, "block_hashes") == [None, None] and run.info.hash_block_tokens is None

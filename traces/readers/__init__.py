@@ -19,6 +19,7 @@ from kvtwin.traces.readers import (
     llmservingsim_run,
     llmservingsim_workload,
     mooncake,
+    sglang_log,
     vllm_recording,
 )
 from kvtwin.traces.readers.text import find_optional, read_jsonl, read_lines
@@ -28,6 +29,7 @@ READERS: Final[Mapping[str, Callable[..., Run]]] = {
     "kvtwin": Run.open,
     "kvtwin_jsonl": kvtwin_jsonl.read,
     "vllm_recording": vllm_recording.read,
+    "sglang_log": sglang_log.read,
     "llmservingsim_run": llmservingsim_run.read,
     "llmservingsim_workload": llmservingsim_workload.read,
     "mooncake": mooncake.read,
@@ -40,6 +42,7 @@ _OPEN_BLOCK_SIZE: Final = ("kvtwin_jsonl", "llmservingsim_workload")
 # Fields that only one JSON-lines format has (all of them must be there), most telling first.
 _JSONL_FIELDS: Final[Mapping[str, frozenset[str]]] = {
     "mooncake": frozenset({"timestamp", "input_length", "hash_ids"}),
+    "sglang_log": frozenset({"type", "sglang", "case", "fields"}),
     "llmservingsim_workload": frozenset({"input_toks", "arrival_time_ns"}),
     "kvtwin_jsonl": frozenset({"request_id", "input_length"}),
 }

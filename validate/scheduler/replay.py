@@ -57,6 +57,9 @@ class ReplayEngine(Protocol):
     def is_idle(self) -> bool:
         """Whether no request waits or runs."""
 
+    def next_event_ns(self) -> int | None:
+        """When the next transfer ends, if nothing runs and something waits for it; else None."""
+
     def run(self) -> Run:
         """What was decided."""
 
@@ -87,7 +90,7 @@ def replay_schedule(measured: Run, config: EngineConfig) -> Run:
 
     slots = read_slots(measured, asynchronous=not config.disable_overlap_schedule)
     sglang = SglangReplay(measured, config)
-    return _drive(sglang, measured, slots, (), ())
+    return _drive(sglang, measured, slots, (), sglang.notes)
 
 
 def queued_ns(measured: Run) -> IntArray:
@@ -129,8 +132,19 @@ class _Loop:
                 update_ns = self._in_flight[0].update_ns
                 may_try = not self._call(StepTimes(self._now_ns, update_ns, update_ns, update_ns))
             self._update()
-        self._now_ns = times.sched_ns
+        self._wait_until(times.sched_ns)
+        self._now_ns = max(self._now_ns, times.sched_ns)
         self._call(times)
+
+    def _wait_until(self, time_ns: int) -> None:
+        """An engine that waits for transfers looks again whenever one ends, or a request comes."""
+        while not self._in_flight and (event_ns := self._engine.next_event_ns()) is not None:
+            if self._coming:
+                event_ns = min(event_ns, max(self._coming[0][1], self._now_ns + 1))
+            if event_ns >= time_ns:
+                return
+            self._now_ns = event_ns
+            self._call(StepTimes(event_ns, event_ns, time_ns, time_ns))
 
     def take_missing(self, following: StepTimes, is_last: bool) -> None:
         """A schedule() call that the recording lacks, some time before the step that follows."""
@@ -155,7 +169,8 @@ class _Loop:
     def _update(self) -> None:
         self._now_ns = max(self._now_ns, self._in_flight.popleft().update_ns)
         self._engine.update(self._now_ns)
-        if not self._in_flight and self._engine.is_idle:
+        has_come = self._coming and self._coming[0][1] <= self._now_ns
+        if not self._in_flight and not has_come and self._engine.is_idle:
             self._call(StepTimes(self._now_ns, self._now_ns, self._now_ns, self._now_ns))
 
     def _add_arrived(self) -> None:

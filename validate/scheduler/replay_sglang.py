@@ -29,6 +29,13 @@ class SglangReplay:
         self._clock = engine.clock
         self._in_flight: deque[Launched] = deque()
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What had to be assumed."""
+        if not self._config.hicache_storage_backend:
+            return ()
+        return ("when the engine looked at its prefetches between two steps is not recorded: at every transfer's end",)
+
     def add(self, row: int, time_ns: int) -> None:
         """See `ReplayEngine`."""
         self._recorder.arrived(self._requests[row], time_ns)
@@ -56,8 +63,20 @@ class SglangReplay:
     @property
     def is_idle(self) -> bool:
         """See `ReplayEngine`."""
+        return not self._scheduler.waiting and not self._runs
+
+    @property
+    def _runs(self) -> bool:
         scheduler = self._scheduler
-        return not scheduler.waiting and scheduler.chunked is None and all(r.finished for r in scheduler.running)
+        last = scheduler.last_batch.requests if scheduler.last_batch is not None else []  # not yet among the running
+        return scheduler.chunked is not None or not all(request.finished for request in (*scheduler.running, *last))
+
+    def next_event_ns(self) -> int | None:
+        """See `ReplayEngine`."""
+        if not self._config.hicache_storage_backend or self._runs or not self._scheduler.waiting:
+            return None
+        event_ns: int | None = self._scheduler.cache.next_event_ns()
+        return event_ns if event_ns is not None and event_ns > self._clock.now_ns else None
 
     def run(self) -> Run:
         """See `ReplayEngine`."""

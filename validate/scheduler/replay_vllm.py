@@ -82,6 +82,10 @@ class VllmReplay:
         """See `ReplayEngine`."""
         return not self._scheduler.has_unfinished
 
+    def next_event_ns(self) -> int | None:
+        """See `ReplayEngine`: no transfers."""
+        return None
+
     def run(self) -> Run:
         """See `ReplayEngine`."""
         info = RunInfo(
