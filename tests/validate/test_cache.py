@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -65,12 +66,18 @@ def test_vllm_events_are_stores_and_evictions_per_medium(tmp_path: Path) -> None
     assert events.column("tokens").to_pylist() == [16, 16, None, None]
 
 
-def test_a_hicache_log_adds_up_to_its_summary(shared: Path) -> None:
-    path = shared / "oracle" / "sglang" / "hi_l2_write_through_p16.jsonl.gz"
-    figures = cache_figures(read_cache_events(path))
-    summary = json.loads((path.parent / "index.json").read_text())["hi_l2_write_through_p16"]
+@pytest.mark.parametrize("case", ["hi_l2_write_through_p16", "hi_l3slow_wait_complete", "v059/hi_l3_ov_wait"])
+def test_a_hicache_logs_hits_add_up_on_the_levels_they_came_from(case: str, shared: Path) -> None:
+    log = shared / "oracle" / "sglang" / f"{case}.jsonl.gz"
+    with gzip.open(log, "rt") as lines:
+        summary = json.loads(list(lines)[-1])
     assert summary["retractions"] == 0
-    assert figures["hit_tokens_l1"][0] == summary["cached_tokens"]
+    figures = cache_figures(read_cache_events(log))
+    hits = {level: figures.get(f"hit_tokens_l{level}", (0, 0))[0] for level in (1, 2, 3)}
+    assert sum(hits.values()) == summary["cached_tokens"]
+    assert hits[1] > 0
+    assert (hits[2] + hits[3] <= figures["load_back_tokens_l1"][0]) and hits[2] > 0
+    assert (hits[3] > 0) == ("l3" in case)
 
 
 def test_a_trace_equals_itself(shared: Path) -> None:

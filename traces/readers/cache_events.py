@@ -9,6 +9,8 @@ Known, by what the first line holds:
 * vLLM's KV-cache events as JSON lines: `{"ts": seconds, "events": [{"type": "BlockStored" | "BlockRemoved" |
   "AllBlocksCleared", "block_hashes": [...], "block_size": 16, "medium": "GPU"}]}`;
 * decision logs of SGLang's HiCache (`hi_*` of the oracle): loads, copies, backups, prefetches and evictions in tokens.
+  Such a log names a load by the depth at which it ends, not by its request: it counts as the hit of the first request
+  of the batch whose hit ends there.
 
 Times count from the first event.
 """
@@ -153,26 +155,45 @@ _HICACHE: Final[Mapping[str, tuple[int, str, int]]] = {
 
 
 def _read_hicache(path: Path, events: _Events) -> None:
-    seen: set[int] = set()
+    requests = _Requests()
     for row, text in read_lines(path):
         try:
             line = json.loads(text)
             if isinstance(line, list) and line[0] != "R":
-                _add_hicache_step(line, seen, events)
+                _add_hicache_step(line, requests, events)
         except (ValueError, IndexError, TypeError) as error:
             problem = f"not a line of a HiCache decision log ({error})"
             raise InputError(problem, path=path, row=row) from error
 
 
-def _add_hicache_step(line: list[Any], seen: set[int], events: _Events) -> None:
+class _Requests:
+    """Which requests have been admitted, and what prefetches have brought those that still wait."""
+
+    def __init__(self) -> None:
+        self._admitted: set[int] = set()
+        self._fetched: dict[int, int] = {}
+
+    def add_hits(self, line: list[Any], events: _Events) -> None:
+        """A request's lookup, and on which level each part of its hit was."""
+        time_ns, moves = line[4], line[19]
+        self._fetched |= {event[2]: event[3] for event in moves if event[0] == "q"}
+        loads = {event[3]: event[2] for event in moves if event[0] == "l" and event[2]}
+        for request, cached, new in line[5]:
+            loaded = loads.pop(cached, 0)
+            if request in self._admitted:  # later chunks find what earlier ones computed
+                continue
+            self._admitted.add(request)
+            events.add(time_ns, HBM, "lookup", tokens=cached + new, request=request)
+            from_storage = min(loaded, self._fetched.get(request, 0))
+            for level, tokens in (HBM, cached - loaded), (HOST, loaded - from_storage), (STORAGE, from_storage):
+                if tokens:
+                    events.add(time_ns, level, "hit", tokens=tokens, request=request)
+
+
+def _add_hicache_step(line: list[Any], requests: _Requests, events: _Events) -> None:
     time_ns = line[4]
     if line[3] != "D":
-        for request, cached, new in line[5]:
-            if request not in seen:  # later chunks find what earlier ones computed
-                seen.add(request)
-                events.add(time_ns, HBM, "lookup", tokens=cached + new, request=request)
-                if cached:
-                    events.add(time_ns, HBM, "hit", tokens=cached, request=request)
+        requests.add_hits(line, events)
     for _, _, length, _ in line[16]:
         events.add(time_ns, HBM, "evict", tokens=length)
     for event in line[19]:
