@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
@@ -15,7 +16,7 @@ from kvtwin.validate.result import Check, Divergence, ScheduleFinding
 from kvtwin.validate.scheduler.align import NO_STEP, Alignment, align
 from kvtwin.validate.scheduler.checks import ScheduleChecks, free_blocks
 from kvtwin.validate.scheduler.decisions import LISTS, NOT_THERE, Decisions, IntArray, common_names, read_decisions
-from kvtwin.validate.scheduler.replay import NOTES, refuse_unusable
+from kvtwin.validate.scheduler.replay import FIRST_STEP, NOTES, refuse_unusable
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -42,6 +43,10 @@ def compare_schedulers(
     """
     for run in (measured, simulated):
         refuse_unusable(run)
+    first_step = int(simulated.info.source.get(FIRST_STEP, 0))
+    if first_step:
+        tables = {"requests": measured.requests, "steps": measured.steps.slice(first_step)}
+        measured = Run(measured.info, tables, name=name)
     names = common_names(measured, simulated)
     common = np.intersect1d(*names, assume_unique=True, return_indices=True)[1:]
     if not len(common[0]):
@@ -59,11 +64,11 @@ def compare_schedulers(
         run=name,
         num_steps=len(rows),
         num_identical=int(same.sum()),
-        first=_divergence(int(starts[0]), int(ends[0]), rows, measured, simulated) if len(starts) else None,
+        first=_moved(_first(starts, ends, rows, measured, simulated), first_step),
         not_judged=(*_unknown(measured, simulated), *checks.not_judged, *simulated.info.source.get(NOTES, ())),
         num_episodes=len(starts),
         longest_episode=int((ends - starts).max(initial=0)),
-        first_free_blocks=_first_free_blocks(rows, same, ours, theirs, measured, simulated),
+        first_free_blocks=_moved(_first_free_blocks(rows, same, ours, theirs, measured, simulated), first_step),
     )
     return finding, checks.checks
 
@@ -86,7 +91,20 @@ def _episodes(same: BoolArray) -> tuple[IntArray, IntArray]:
     return np.flatnonzero(edges == -1), np.flatnonzero(edges == 1)
 
 
-def _divergence(row: int, end: int, rows: Alignment, measured: Run, simulated: Run) -> Divergence:
+def _moved(found: Divergence | None, by: int) -> Divergence | None:
+    """With steps counted from the log's first, where only those after `by` were compared."""
+    if found is None or not by:
+        return found
+    measured = {**found.measured, "step": found.measured["step"] + by} if found.measured else found.measured
+    resync = None if found.resync_step is None else found.resync_step + by
+    return replace(found, step=found.step + by, measured=measured, resync_step=resync)
+
+
+def _first(starts: IntArray, ends: IntArray, rows: Alignment, measured: Run, simulated: Run) -> Divergence | None:
+    """The first divergence."""
+    if not len(starts):
+        return None
+    row, end = int(starts[0]), int(ends[0])
     step, twin = int(rows.measured[row]), int(rows.simulated[row])
     ours, theirs = _step(measured, step), _step(simulated, twin)
     resync = rows.measured[end:]

@@ -9,6 +9,7 @@ from typing import Any, Final
 from kvtwin.sim.sglang.config import sglang_config
 from kvtwin.sim.vllm.config import read_settings, recorded_settings, vllm_config
 from kvtwin.traces.readers import read_run
+from kvtwin.traces.readers.sglang_log import engine_settings
 from kvtwin.traces.run import Run
 from kvtwin.validate.scheduler.replay import EngineConfig, replay_schedule
 from kvtwin.validate.scheduler.slots import schedules_ahead
@@ -46,13 +47,16 @@ def engine_config(measured: Run, settings: Mapping[str, Any], path: Path | None)
     """
     where = path or measured.path or Path("the recording")
     recorded, _, version = (measured.info.engine or "").partition(" ")
+    version = version.split(" ")[0]  # of "0.5.9 (rules of 0.5.9)"
+    if {"config", "workload"} <= settings.keys():  # an SGLang case of the oracle
+        settings = engine_settings(settings, version, where)
     engine = settings.get("engine") or (recorded if recorded in _ENGINES else "vllm")
     own: dict[str, Any] = {}
     if recorded in ("", engine):
         own = (
             dict(measured.info.engine_config) if engine == "sglang" else recorded_settings(measured.info.engine_config)
         )
-        own |= {"version": version.split(" ")[0] or None}
+        own |= {"version": version or None}
     if engine == "sglang":
         return sglang_config({**own, **settings, "engine": engine}, where)
     if engine == "vllm" and "async_scheduling" not in own:

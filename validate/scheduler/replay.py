@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,12 +20,15 @@ from kvtwin.sim.sglang.config import SglangConfig
 from kvtwin.sim.vllm.config import VllmConfig
 from kvtwin.traces.errors import InputError
 from kvtwin.traces.run import Run
+from kvtwin.validate.scheduler.partial import read_beginning
 from kvtwin.validate.scheduler.slots import Slots, read_slots
 
 IntArray = npt.NDArray[np.int64]
 EngineConfig = VllmConfig | SglangConfig
 
-NOTES: Final = "replay_notes"  # key of RunInfo.source: what the replay had to assume
+# Keys of RunInfo.source: what the replay had to assume, and the recording's step that it begins with (0 if absent).
+NOTES: Final = "replay_notes"
+FIRST_STEP: Final = "replay_first_step"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,16 +84,42 @@ def replay_schedule(measured: Run, config: EngineConfig) -> Run:
     """
     refuse_unusable(measured)
     if isinstance(config, VllmConfig):
-        from kvtwin.validate.scheduler.replay_vllm import VllmReplay
+        return _replay_vllm(measured, config)
+    return _replay_sglang(measured, config)
 
-        slots = read_slots(measured, asynchronous=config.async_scheduling)
-        vllm = VllmReplay(measured, config)
-        return _drive(vllm, measured, slots, (), ())
+
+def _replay_vllm(measured: Run, config: VllmConfig) -> Run:
+    from kvtwin.validate.scheduler.replay_vllm import VllmReplay
+
+    slots = read_slots(measured, asynchronous=config.async_scheduling)
+    beginning = read_beginning(measured, queued_ns(measured), prefix_caching=config.enable_prefix_caching)
+    engine, notes = VllmReplay(measured, config), []
+    if not beginning.is_whole:
+        engine.resume(beginning, int(slots.sched_ns[0]))
+        notes.append(
+            f"the log begins in the middle: {len(beginning.running)} requests ran already, taken over as they first "
+            "appear; what the prefix cache held and in which order the others waited is unknown"
+        )
+    return _drive(engine, measured, slots, [*beginning.running, *beginning.gone], notes)
+
+
+def _replay_sglang(measured: Run, config: SglangConfig) -> Run:
     from kvtwin.validate.scheduler.replay_sglang import SglangReplay
 
     slots = read_slots(measured, asynchronous=not config.disable_overlap_schedule)
-    sglang = SglangReplay(measured, config)
-    return _drive(sglang, measured, slots, (), sglang.notes)
+    beginning = read_beginning(measured, queued_ns(measured), prefix_caching=not config.disable_radix_cache)
+    engine = SglangReplay(measured, config)
+    if beginning.is_whole:
+        return _drive(engine, measured, slots, (), engine.notes)
+    first = beginning.quiet_step()
+    if first is None:
+        problem = "the log begins in the middle, and at each of its steps something runs on: no place to begin a replay"
+        raise InputError(problem, path=measured.path)
+    earlier = np.flatnonzero((beginning.first_step >= 0) & (beginning.first_step < first))
+    note = f"the log begins in the middle: judged from step {first} on, where nothing of before runs any more"
+    run = _drive(engine, measured, slots.since(first), [*earlier, *beginning.gone], [*engine.notes, note])
+    run.info.source[FIRST_STEP] = first  # type: ignore[index]
+    return run
 
 
 def queued_ns(measured: Run) -> IntArray:
@@ -178,7 +207,8 @@ class _Loop:
             self._engine.add(*self._coming.popleft())
 
 
-def _drive(engine: Any, measured: Run, slots: Slots, begun: Sequence[int], notes: Sequence[str]) -> Run:
+def _drive(engine: ReplayEngine, measured: Run, slots: Slots, begun: Sequence[int], notes: Sequence[str]) -> Run:
+    """Call an engine as the slots say; requests that have `begun` are not queued."""
     rows = np.setdiff1d(np.arange(measured.requests.num_rows), np.array(begun, np.int64))
     loop = _Loop(engine, measured, rows)
     columns = (slots.sched_ns, slots.start_ns, slots.end_ns, slots.update_ns, slots.num_missing)
@@ -188,6 +218,6 @@ def _drive(engine: Any, measured: Run, slots: Slots, begun: Sequence[int], notes
             loop.take_missing(times, left == 1)
         loop.take(times)
     loop.drain()
-    run: Run = engine.run()
+    run = engine.run()
     run.info.source[NOTES] = [*slots.notes, *notes]  # type: ignore[index]
     return run

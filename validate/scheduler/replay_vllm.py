@@ -12,23 +12,19 @@ from kvtwin.sim.vllm.config import VllmConfig, rules_version
 from kvtwin.sim.vllm.counted_pool import CountedPool
 from kvtwin.sim.vllm.plan import StepPlan
 from kvtwin.sim.vllm.recorder import RequestTimes, StepLog, StepRows
-from kvtwin.sim.vllm.request import IntArray
+from kvtwin.sim.vllm.request import IntArray, Status
 from kvtwin.sim.vllm.scheduler import VllmScheduler
 from kvtwin.sim.vllm.simulate import build_requests
+from kvtwin.traces.errors import InputError
 from kvtwin.traces.run import Run, RunInfo
+from kvtwin.validate.scheduler.partial import Beginning
 from kvtwin.validate.scheduler.replay import StepTimes, queued_ns
 
 _MAX_EMPTY_CALLS = 1000  # with the priority policy a request can preempt itself; the engine then calls again
 
 
 class VllmReplay:
-    """See `replay.ReplayEngine`.
-
-    Attributes:
-        depth: batches in flight.
-        begun: rows of the requests that the engine had before the log begins: running already, or gone.
-        notes: what had to be assumed of them.
-    """
+    """See `replay.ReplayEngine`."""
 
     def __init__(self, measured: Run, config: VllmConfig) -> None:
         self._measured, self._config = measured, config
@@ -39,6 +35,35 @@ class VllmReplay:
         self._scheduler = VllmScheduler(config, self._book, _pool(config))
         self._times, self._log = RequestTimes(len(self._book)), StepLog()
         self._in_flight: deque[tuple[StepPlan, StepTimes]] = deque()
+
+    def resume(self, beginning: Beginning, now_ns: int) -> None:
+        """Go on where a log begins in the middle: requests run already, with so many tokens computed.
+
+        Raises:
+            InputError: they hold more KV blocks than there are.
+        """
+        for row, num_computed in zip(beginning.running.tolist(), beginning.num_computed.tolist(), strict=True):
+            request = self._book[self._place[row]]
+            # All that is known but the last token has been computed.
+            request.num_output_tokens = max(0, num_computed + 1 - request.num_prompt_tokens)
+            if not self._scheduler.kv.can_grow(request, num_computed):
+                problem = f"num_gpu_blocks is {self._config.num_gpu_blocks}: less than the log's first requests hold"
+                raise InputError(problem, path=self._measured.path)
+            self._scheduler.kv.grow(request, num_computed)
+            request.num_computed_tokens, request.status = num_computed, Status.RUNNING
+            self._scheduler.running.append(request)
+        self._take_over_times(beginning, now_ns)
+
+    def _take_over_times(self, beginning: Beginning, now_ns: int) -> None:
+        """What happened to requests before the log begins is as it was recorded."""
+        requests = self._measured.requests
+        columns = {"queued_ns": self._times.queued, "scheduled_ns": self._times.scheduled}
+        columns |= {"first_token_ns": self._times.first_token, "finish_ns": self._times.finish}
+        for name, times in columns.items():
+            recorded = requests.column(name).to_pylist()
+            for row in (*beginning.running.tolist(), *beginning.gone.tolist()):
+                if recorded[row] is not None and recorded[row] <= now_ns:
+                    times[self._place[row]] = recorded[row]
 
     def add(self, row: int, time_ns: int) -> None:
         """See `ReplayEngine`."""

@@ -13,7 +13,7 @@ from kvtwin.validate.scheduler.lists import chunks, flat
 
 IntArray = npt.NDArray[np.int64]
 
-_LOOK_AHEAD = 8  # steps in which a context that seems to have jumped may still turn up, out of order
+_NEAR = 8  # steps around a context that seems to have jumped, in which it may turn up out of order
 _MAX_HOLE = 10_000  # steps: a longer hole is not filled
 
 
@@ -35,6 +35,17 @@ class Slots:
     num_missing: IntArray
     notes: tuple[str, ...]
 
+    def since(self, step: int) -> Slots:
+        """Only the slots from a step on."""
+        return Slots(
+            self.sched_ns[step:],
+            self.start_ns[step:],
+            self.end_ns[step:],
+            self.update_ns[step:],
+            self.num_missing[step:],
+            self.notes,
+        )
+
 
 def read_slots(run: Run, *, asynchronous: bool) -> Slots:
     """The slots of a recorded run.
@@ -44,6 +55,8 @@ def read_slots(run: Run, *, asynchronous: bool) -> Slots:
         asynchronous: the engine schedules a step before it has the tokens of the one before.
     """
     steps, notes = run.steps, []
+    if run.requests.column("queued_ns").null_count:
+        notes.append("queued_ns is not recorded: requests count as queued when they were sent (arrival_ns)")
     start_ns, end_ns = (steps.column(name).to_numpy() for name in ("start_ns", "end_ns"))
     update_ns, known = _times(steps, "update_ns", end_ns)
     if not known:
@@ -52,7 +65,7 @@ def read_slots(run: Run, *, asynchronous: bool) -> Slots:
     if not known:
         said = "the end of the step before last" if asynchronous else "start_ns"
         notes.append(f"sched_ns is not recorded: schedule() counts as called at {said}")
-    elif schedules_ahead(run) != asynchronous:
+    elif schedules_ahead(run) not in (asynchronous, None):
         notes.append(
             "the engine is to schedule steps ahead, and the log shows none that was"
             if asynchronous
@@ -69,9 +82,9 @@ def read_slots(run: Run, *, asynchronous: bool) -> Slots:
 
 
 def schedules_ahead(run: Run) -> bool | None:
-    """Whether the engine scheduled steps before the one before had ended; None where sched_ns is not recorded."""
+    """Whether the engine scheduled steps before the one before had ended; None where the log does not tell."""
     sched_ns = run.steps.column("sched_ns")
-    if sched_ns.null_count or len(sched_ns) < 2:
+    if sched_ns.null_count or len(sched_ns) < 2 or (np.diff(sched_ns.to_numpy()) < 0).any():
         return None
     return bool((sched_ns.to_numpy()[1:] < run.steps.column("end_ns").to_numpy()[:-1]).any())
 
@@ -102,8 +115,8 @@ def _holes(run: Run) -> IntArray:
     steps = run.steps
     numbers = steps.column("step").to_numpy()
     missing = np.zeros(len(numbers), np.int64)
-    if len(numbers):
-        missing[1:] = np.clip(np.diff(numbers) - 1, 0, _MAX_HOLE)
+    if (np.diff(numbers) > 0).all():
+        missing[1:] = np.minimum(np.diff(numbers) - 1, _MAX_HOLE)
     for row, jump in _jumps(run).items():
         missing[row] = max(missing[row], min(jump, _MAX_HOLE))
     return missing
@@ -135,6 +148,6 @@ def _jumps(run: Run) -> dict[int, int]:
 
 
 def _turns_up(steps: pa.Table, row: int, request: int, cache_len: int) -> bool:
-    """Whether a step soon after a row goes on where a request was left: the log is out of order, not incomplete."""
-    later = steps.slice(row + 1, _LOOK_AHEAD).select(["request", "cache_len"]).to_pylist()
-    return any((request, cache_len) in zip(step["request"], step["cache_len"], strict=True) for step in later)
+    """Whether a step near a row goes on where a request was left: the log is out of order, not incomplete."""
+    near = steps.slice(max(0, row - _NEAR), 2 * _NEAR).select(["request", "cache_len"]).to_pylist()
+    return any((request, cache_len) in zip(step["request"], step["cache_len"], strict=True) for step in near)
