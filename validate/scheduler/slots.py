@@ -19,11 +19,11 @@ _MAX_HOLE = 10_000  # steps: a longer hole is not filled
 
 @dataclass(frozen=True)
 class Slots:
-    """The schedule() calls of a log, in its order.
+    """The schedule() calls of a log, by time.
 
     Attributes:
         sched_ns, start_ns, end_ns, update_ns: of each step: schedule() is called, the model starts, its tokens are
-            back, the scheduler has taken them in. `sched_ns` never runs backwards.
+            back, the scheduler has taken them in.
         num_missing: steps that the log lacks just before each.
         notes: what had to be assumed, in words.
     """
@@ -71,14 +71,17 @@ def read_slots(run: Run, *, asynchronous: bool) -> Slots:
             if asynchronous
             else "the log shows steps scheduled ahead, and the engine is to schedule none"
         )
+    times = (sched_ns, start_ns, end_ns, update_ns)
     if (np.diff(sched_ns) < 0).any():
         row = int(np.flatnonzero(np.diff(sched_ns) < 0)[0]) + 1
         notes.append(f"the log is out of order: step {row} was scheduled before the row above it")
+        order = np.argsort(sched_ns, kind="stable")
+        times = (sched_ns[order], start_ns[order], end_ns[order], update_ns[order])
     num_missing = _holes(run)
     if num_missing.any():
         rows = np.flatnonzero(num_missing)
         notes.append(f"{num_missing.sum()} steps are missing from the log, the first before row {rows[0]}")
-    return Slots(np.maximum.accumulate(sched_ns), start_ns, end_ns, update_ns, num_missing, tuple(notes))
+    return Slots(*times, num_missing, tuple(notes))
 
 
 def schedules_ahead(run: Run) -> bool | None:
