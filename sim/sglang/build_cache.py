@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from kvtwin.sim.links import LinkTimes
 from kvtwin.sim.sglang.chunk_cache import ChunkCache
 from kvtwin.sim.sglang.clock import Clock
 from kvtwin.sim.sglang.config import SglangConfig
 from kvtwin.sim.sglang.hi_cache import HiRadixCache, PrefetchSettings
 from kvtwin.sim.sglang.hi_tree import HiRadixTree, HiRules
-from kvtwin.sim.sglang.links import LinkTimes
 from kvtwin.sim.sglang.pool import KvPool
 from kvtwin.sim.sglang.radix_cache import RadixCache
 from kvtwin.sim.sglang.radix_tree import RadixTree

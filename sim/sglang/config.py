@@ -12,7 +12,7 @@ from os import PathLike
 from types import MappingProxyType
 from typing import Any, Final
 
-from kvtwin.sim.sglang.links import LinkTimes
+from kvtwin.sim.links import LinkTimes
 from kvtwin.traces.errors import InputError
 
 

@@ -6,10 +6,10 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Final
 
+from kvtwin.sim.links import Link, LinkTimes
 from kvtwin.sim.sglang.clock import Clock
 from kvtwin.sim.sglang.eviction import EvictionKey
 from kvtwin.sim.sglang.host_leaves import HostLeaves, ListedHostLeaves, QueuedHostLeaves
-from kvtwin.sim.sglang.links import Link, LinkTimes
 from kvtwin.sim.sglang.pool import KvPool
 from kvtwin.sim.sglang.radix_tree import RadixTree, TreeNode
 from kvtwin.sim.sglang.runs import Runs, common_prefix, edge_at

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
+from kvtwin.sim.links import Link, LinkTimes
 from kvtwin.sim.sglang.clock import Clock
-from kvtwin.sim.sglang.links import Link, LinkTimes
 from kvtwin.sim.sglang.observer import CacheObserver
 from kvtwin.sim.sglang.radix_tree import TreeNode
 from kvtwin.sim.sglang.request import SglangRequest

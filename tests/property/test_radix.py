@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvtwin.sim.cache_replay import Prompts, belady_hits, lru_curve, replay
+from kvtwin.sim.links import LinkTimes
 from kvtwin.sim.sglang.clock import Clock
 from kvtwin.sim.sglang.eviction import EVICTION_POLICIES
 from kvtwin.sim.sglang.hi_tree import HiRadixTree, HiRules
-from kvtwin.sim.sglang.links import LinkTimes
 from kvtwin.sim.sglang.pool import KvPool
 from kvtwin.sim.sglang.radix_tree import RadixTree, TreeNode
 from kvtwin.sim.sglang.runs import Runs, cut, merge_runs, num_tokens

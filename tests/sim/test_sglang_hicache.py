@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from kvtwin.sim.links import LinkTimes
 from kvtwin.sim.sglang.clock import Clock
 from kvtwin.sim.sglang.hi_tree import HiRadixTree, HiRules
-from kvtwin.sim.sglang.links import LinkTimes
 from kvtwin.sim.sglang.pool import KvPool
 from kvtwin.sim.sglang.runs import Runs
 

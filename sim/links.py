@@ -1,4 +1,4 @@
-"""How long HiCache's transfers take: FIFO links on the virtual clock."""
+"""How long transfers between KV levels take: FIFO links on the virtual clock."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kvtwin.traces.errors import InputError
 
 @dataclass(frozen=True, slots=True)
 class LinkTimes:
-    """Start-up times and prices of HiCache's transfers, in ns.
+    """Start-up times and prices of transfers between KV levels, in ns.
 
     A copy between device and host costs `base + tokens * per_token`, a storage query, read or write
     `base + pages * per_page`. Copies in one direction follow one another (one stream each); so do queries, reads and
