@@ -18,7 +18,12 @@ def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
     levels = parser.add_subparsers(metavar="LEVEL", dest="level", required=True)
     e2e = levels.add_parser("e2e", help="TTFT, TPOT, latency, throughput: a recorded run and a simulated one")
     e2e.add_argument("measured", type=Path, help="recorded run")
-    e2e.add_argument("predicted", type=Path, help="simulated run, or another recording of the same workload")
+    e2e.add_argument(
+        "predicted",
+        type=Path,
+        nargs="+",
+        help="simulated runs (ours, or another simulator's output), or other recordings of the same workload",
+    )
     e2e.add_argument(
         "--clock",
         choices=("queued", "arrival"),
@@ -57,14 +62,36 @@ def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
 def _e2e(args: argparse.Namespace) -> int:
     from kvtwin.traces.readers import read_run
     from kvtwin.validate.e2e import compare_e2e
+    from kvtwin.validate.peers import match_requests
 
-    measured, predicted = read_run(args.measured), read_run(args.predicted)
+    measured = read_run(args.measured)
     repeats = [measured, *(read_run(path) for path in args.repeats)] if args.repeats else []
     clock: Any = f"{args.clock}_ns"
-    _print(
-        compare_e2e(measured, predicted, name=args.measured.name, clock=clock, repeats=repeats, seed=args.seed), args
-    )
+    found = []
+    for path in args.predicted:
+        predicted = match_requests(measured, read_run(path))
+        name = args.measured.name
+        checks = compare_e2e(measured, predicted, name=name, clock=clock, repeats=repeats, seed=args.seed)
+        found.append((str(path), checks))
+    if len(found) == 1:
+        _print(found[0][1], args)
+    else:
+        _print_side_by_side(found, args)
     return 0
+
+
+def _print_side_by_side(found: list[tuple[str, list[Check]]], args: argparse.Namespace) -> None:
+    """Several predictions of one recording: a column for each, its value and its error."""
+    if args.json:
+        plain = [{"predicted": path, "checks": [_row(check) for check in checks]} for path, checks in found]
+        print(json.dumps({"predictions": plain}, allow_nan=False))
+        return
+    for number, (path, _) in enumerate(found, 1):
+        print(f"({number}) {path}")
+    print(f"{'metric':20} {'measured':>12}" + "".join(f"{f'({n})':>14} {'error':>9}" for n in range(1, len(found) + 1)))
+    for row in zip(*(checks for _, checks in found), strict=True):
+        columns = "".join(f"  {_number(check.simulated)} {check.error:+9.2%}" for check in row)
+        print(f"{row[0].metric:20} {_number(row[0].measured)}{columns}")
 
 
 def _step(args: argparse.Namespace) -> int:
@@ -121,8 +148,7 @@ def _scheduler(args: argparse.Namespace) -> int:
 
 def _print(checks: list[Check], args: argparse.Namespace) -> None:
     if args.json:
-        rows = [{name: _plain(getattr(check, name)) for name in check.__slots__} for check in checks]
-        print(json.dumps({"checks": rows}, allow_nan=False))
+        print(json.dumps({"checks": [_row(check) for check in checks]}, allow_nan=False))
         return
     print(f"{'metric':20} {'measured':>12} {'predicted':>12} {'error':>9} {'95 % interval':>20} {'noise floor':>12}")
     for check in checks:
@@ -130,6 +156,10 @@ def _print(checks: list[Check], args: argparse.Namespace) -> None:
         floor = "" if check.noise_floor is None else f"{check.noise_floor:.2%}"
         values = f"{_number(check.measured)} {_number(check.simulated)}"
         print(f"{check.metric:20} {values} {check.error:+9.2%} {interval:>20} {floor:>12}")
+
+
+def _row(check: Check) -> dict[str, Any]:
+    return {name: _plain(getattr(check, name)) for name in check.__slots__}
 
 
 def _number(value: float) -> str:

@@ -81,6 +81,35 @@ AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
 2023-11-16 18:15:59.9999999,374,44
 2023-11-16 18:16:00.0000001,396,109
 """
+LLMSERVINGSIM = """instance id,request id,model,input,output,arrival,end_time,latency,queuing_delay,TTFT,TPOT
+0,1,llama,20,2,1000,4000,3000,100,2000,1000
+0,0,llama,10,3,500,2500,2000,0,1000,500
+"""
+VIDUR = """Request Id,request_e2e_time,prefill_e2e_time,request_scheduling_delay,request_inter_arrival_delay,\
+request_num_prefill_tokens,request_num_decode_tokens
+0,1.5,0.25,0.125,,374,44.0
+1,,,,0.5,20,2
+"""
+BLIS = {
+    "completed_requests": 1,
+    "ttft_mean_ms": 20.5,
+    "requests": [
+        {"arrived_at": 0.25, "requestID": "request_0", "num_prefill_tokens": 374, "num_decode_tokens": 44,
+         "ttft_ms": 20.5, "itl_ms": 8.1, "e2e_ms": 368.8, "scheduling_delay_ms": 1.5},
+        {"arrived_at": 0.5, "requestID": "request_1", "num_prefill_tokens": 20, "num_decode_tokens": 2,
+         "ttft_ms": 0, "itl_ms": 0, "e2e_ms": 0, "scheduling_delay_ms": 0},
+    ],
+}  # fmt: skip
+VLLM_BENCH = {
+    "backend": "vllm", "model_id": "llama", "input_lens": [10, 20, 30], "output_lens": [3, 0, 1],
+    "ttfts": [0.25, 0.0, 0.5], "itls": [[0.125, 0.125], [], []], "start_times": [100.5, 100.75, 100.0],
+    "errors": ["", "refused", ""],
+}  # fmt: skip
+
+
+def write_text(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
 
 
 def write_jsonl(path: Path, rows: list[Any]) -> Path:
@@ -121,6 +150,10 @@ SAMPLES: Mapping[str, Sample] = {
     "sglang_log": lambda folder: write_jsonl(folder / "sglang.jsonl", SGLANG_LOG),
     "mooncake": lambda folder: write_jsonl(folder / "mooncake.jsonl", MOONCAKE),
     "azure2023": make_azure,
+    "vllm_bench": lambda folder: write_text(folder / "bench.json", json.dumps(VLLM_BENCH)),
+    "llmservingsim_requests": lambda folder: write_text(folder / "llmservingsim.csv", LLMSERVINGSIM),
+    "vidur_requests": lambda folder: write_text(folder / "request_metrics.csv", VIDUR),
+    "blis": lambda folder: write_text(folder / "blis.json", json.dumps(BLIS, indent=2)),
 }
 
 

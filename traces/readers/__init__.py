@@ -20,9 +20,13 @@ from kvtwin.traces.readers import (
     llmservingsim_workload,
     mooncake,
     sglang_log,
+    vllm_bench,
     vllm_recording,
 )
-from kvtwin.traces.readers.text import find_optional, read_jsonl, read_lines
+from kvtwin.traces.readers.peers import blis
+from kvtwin.traces.readers.peers import llmservingsim as llmservingsim_requests
+from kvtwin.traces.readers.peers import vidur as vidur_requests
+from kvtwin.traces.readers.text import find_optional, read_json, read_jsonl, read_lines
 from kvtwin.traces.run import INFO_FILE, MAX_HASH_BLOCK_TOKENS, Run
 
 READERS: Final[Mapping[str, Callable[..., Run]]] = {
@@ -34,6 +38,10 @@ READERS: Final[Mapping[str, Callable[..., Run]]] = {
     "llmservingsim_workload": llmservingsim_workload.read,
     "mooncake": mooncake.read,
     "azure2023": azure2023.read,
+    "vllm_bench": vllm_bench.read,
+    "llmservingsim_requests": llmservingsim_requests.read,
+    "vidur_requests": vidur_requests.read,
+    "blis": blis.read,
 }
 
 # Formats that leave open how many tokens a block hash stands for; their readers take `hash_block_tokens`.
@@ -45,8 +53,15 @@ _JSONL_FIELDS: Final[Mapping[str, frozenset[str]]] = {
     "sglang_log": frozenset({"type", "sglang", "case", "fields"}),
     "llmservingsim_workload": frozenset({"input_toks", "arrival_time_ns"}),
     "kvtwin_jsonl": frozenset({"request_id", "input_length"}),
+    "vllm_bench": frozenset({"input_lens", "output_lens", "ttfts", "itls"}),
+    "blis": frozenset({"completed_requests", "ttft_mean_ms", "requests"}),
 }
-_AZURE_HEADER: Final = "TIMESTAMP,ContextTokens,GeneratedTokens"
+# How the header line of a CSV format begins, without blanks.
+_CSV_HEADERS: Final[Mapping[str, str]] = {
+    "azure2023": "TIMESTAMP,ContextTokens,GeneratedTokens",
+    "llmservingsim_requests": "instanceid,requestid,model,input,output,arrival,end_time,",
+    "vidur_requests": "RequestId,request_e2e_time,",
+}
 
 
 def read_run(path: str | os.PathLike[str], format_name: str | None = None, hash_block_tokens: int | None = None) -> Run:
@@ -97,11 +112,10 @@ def _detect_folder(folder: Path) -> str | None:
 
 def _detect_file(path: Path) -> str | None:
     first = next((line for _, line in islice(read_lines(path), 1)), "")
-    if first.replace(" ", "") == _AZURE_HEADER:
-        return "azure2023"
-    if not first.lstrip().startswith("{"):
-        return None
-    fields = set(next(islice(read_jsonl(path), 1)).values)
+    header = first.replace(" ", "")
+    if not header.startswith("{"):
+        return next((name for name, start in _CSV_HEADERS.items() if header.startswith(start)), None)
+    fields = set(read_json(path) if header == "{" else next(islice(read_jsonl(path), 1)).values)
     return next((name for name, needed in _JSONL_FIELDS.items() if needed <= fields), None)
 
 
