@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import NoReturn
 
+import pyarrow as pa
+
 import kvtwin.calibrate.cli
 import kvtwin.reports.check
 import kvtwin.reports.site
@@ -59,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command (default: `sys.argv`) and return its exit code; never a traceback for a user's mistake."""
+    use_malloc()
     try:
         code = _run(argv)
         sys.stdout.flush()  # a reader that went away shows here, not while the interpreter shuts down
@@ -72,6 +75,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (KvtwinError, OSError) as error:
         print(f"kvtwin: error: {_one_line(error)}", file=sys.stderr)
         return _EXIT_BAD_INPUT
+
+
+def use_malloc() -> None:
+    """Let Arrow allocate with malloc: its own pools keep what was freed, 1.0 GB for a run of 330 MB of steps, not 0.5."""
+    pa.set_memory_pool(pa.system_memory_pool())
 
 
 def _run(argv: Sequence[str] | None) -> int:

@@ -5,7 +5,7 @@ A curve is right-continuous: `values[i]` holds from `times_ns[i]` until `times_n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -41,19 +41,16 @@ def timeline(measured: Run, simulated: Run) -> Timeline | None:
     source = common_source(measured, simulated)
     if source is None:
         return None
-    curves = [run_curves(run, source) for run in (measured, simulated)]
-    starts = [int(run.requests["arrival_ns"][0].as_py()) for run in (measured, simulated)]
-    ends = [max(int(curve.times_ns[-1]) for curve in side.values()) for side in curves]
-    span = max(end - start for start, end in zip(starts, ends, strict=True))
+    runs = (measured, simulated)
+    starts = [int(run.requests["arrival_ns"][0].as_py()) for run in runs]
+    span = max(_last_ns(run, source) - start for run, start in zip(runs, starts, strict=True))
     edges = np.linspace(0, max(span, 1), NUM_INTERVALS + 1)
-    counts = {}
-    for name in ("running", "waiting", "kv_blocks"):
-        pair = [
-            envelope(side[name], edges + start) if name in side else None
-            for side, start in zip(curves, starts, strict=True)
-        ]
-        if any(pair):
-            counts[name] = EnvelopePair(*pair)
+    sides = [
+        {name: envelope(curve, edges + start) for name, curve in run_curves(run, source)}
+        for run, start in zip(runs, starts, strict=True)
+    ]
+    names = [name for name in ("running", "waiting", "kv_blocks") if any(name in side for side in sides)]
+    counts = {name: EnvelopePair(*(side.get(name) for side in sides)) for name in names}
     return Timeline(source, rounded_one(to_seconds(float(edges[1])), 8), counts)
 
 
@@ -70,8 +67,8 @@ def common_source(measured: Run, simulated: Run) -> Source | None:
     return "queued_ns" if all(_known(run.requests, "queued_ns") for run in runs) else "arrival_ns"
 
 
-def run_curves(run: Run, source: Source) -> Mapping[str, Curve]:
-    """The curves of one run by name: "running", "waiting" and, from steps that know it, "kv_blocks".
+def run_curves(run: Run, source: Source) -> Iterator[tuple[str, Curve]]:
+    """The curves of one run, one at a time: "running", "waiting" and, from steps that know it, "kv_blocks".
 
     From requests, one that was never scheduled (or never finished) waits (or runs) to the end, and a
     preempted one counts as running; from steps it waits again.
@@ -109,11 +106,18 @@ def _known(table: pa.Table, column: str) -> bool:
     return bool(table.num_rows > table.column(column).null_count)
 
 
-def _from_requests(requests: pa.Table, entry: str) -> dict[str, Curve]:
-    entered, scheduled, finished = (
-        requests[name].drop_null().to_numpy() for name in (entry, "scheduled_ns", "finish_ns")
-    )
-    return {"running": _balance(scheduled, finished), "waiting": _balance(entered, scheduled)}
+def _last_ns(run: Run, source: Source) -> int:
+    """When the last curve ends."""
+    if source != "steps":
+        return max(int(pc.max(run.requests[name]).as_py()) for name in (source, "scheduled_ns", "finish_ns"))
+    return int(max(_begin(run.steps).max(), _end(run.steps).max()))
+
+
+def _from_requests(requests: pa.Table, entry: str) -> Iterator[tuple[str, Curve]]:
+    columns = (requests[name].drop_null().to_numpy() for name in (entry, "scheduled_ns", "finish_ns"))
+    entered, scheduled, finished = columns
+    yield "running", _balance(scheduled, finished)
+    yield "waiting", _balance(entered, scheduled)
 
 
 def _balance(comes: Ints, goes: Ints) -> Curve:
@@ -122,21 +126,21 @@ def _balance(comes: Ints, goes: Ints) -> Curve:
     return _sum_of_changes(np.concatenate([comes, goes]), changes)
 
 
-def _from_steps(steps: pa.Table) -> dict[str, Curve]:
+def _from_steps(steps: pa.Table) -> Iterator[tuple[str, Curve]]:
     """The engine's counts after each schedule(), over all instances."""
     instance = pc.fill_null(steps["instance"], 0).to_numpy()
     rows = [
         steps if (instance == name).all() else steps.filter(pa.array(instance == name)) for name in np.unique(instance)
     ]
-    curves = {name: _add_up([_queue(part, f"num_{name}") for part in rows]) for name in ("running", "waiting")}
+    for name in ("running", "waiting"):
+        yield name, _add_up([_queue(part, f"num_{name}") for part in rows])
     if _known(steps, "num_free_blocks"):
-        curves["kv_blocks"] = _add_up([_blocks_in_use(part) for part in rows])
-    return curves
+        yield "kv_blocks", _add_up([_blocks_in_use(part) for part in rows])
 
 
 def _queue(steps: pa.Table, column: str) -> Curve:
     """A count of one instance; what finished with a step leaves when the step ends."""
-    begin, end = _begin(steps), pc.coalesce(steps["update_ns"], steps["end_ns"]).to_numpy()
+    begin, end = _begin(steps), _end(steps)
     counted = _filled(steps[column])
     after = counted - _filled(pc.list_value_length(steps["finished"])) if column == "num_running" else counted
     # An asynchronous scheduler plans the next step before this one ends: its next counts already tell.
@@ -154,6 +158,11 @@ def _blocks_in_use(steps: pa.Table) -> Curve:
 def _begin(steps: pa.Table) -> Ints:
     begin: Ints = pc.coalesce(steps["sched_ns"], steps["start_ns"]).to_numpy()
     return begin
+
+
+def _end(steps: pa.Table) -> Ints:
+    end: Ints = pc.coalesce(steps["update_ns"], steps["end_ns"]).to_numpy()
+    return end
 
 
 def _filled(column: pa.ChunkedArray) -> Ints:

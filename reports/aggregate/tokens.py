@@ -8,6 +8,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from kvtwin.traces.run import Run
 from kvtwin.traces.time import NS_PER_MS
@@ -15,7 +16,7 @@ from kvtwin.traces.time import NS_PER_MS
 Ints = npt.NDArray[np.int64]
 Members = tuple[npt.NDArray[np.int32], Ints, Ints]
 
-_CHUNK_MEMBERS: Final = 1 << 20  # memory stays flat, however many steps there are
+_CHUNK_STEPS: Final = 1 << 15  # memory stays flat, however many steps there are
 
 
 def inter_token_ms(run: Run) -> npt.NDArray[np.float32]:
@@ -30,24 +31,21 @@ def inter_token_ms(run: Run) -> npt.NDArray[np.float32]:
     prompt = run.requests["input_tokens"].to_numpy()
     furthest = prompt - 1  # tokens known after the last output, per request
     last_ns = np.full(prompt.size, -1, np.int64)
-    return np.concatenate([np.empty(0, np.float32), *(_gaps(part, furthest, last_ns) for part in _members(run.steps))])
+    gaps = np.empty(pc.sum(pc.list_value_length(run.steps["request"])).as_py() or 0, np.float32)
+    size = 0
+    for members in _members(run.steps):
+        found = _gaps(members, furthest, last_ns)
+        gaps[size : size + found.size] = found
+        size += found.size
+    return gaps[:size]
 
 
 def _members(steps: pa.Table) -> Iterator[Members]:
     """(request, tokens known after the step, end of the step) of every member of every batch, in chunks of steps."""
-    request, cache, new = (steps[name].combine_chunks() for name in ("request", "cache_len", "input_len"))
-    offsets = (column.offsets.to_numpy() for column in (request, cache, new))
-    values = (column.values.to_numpy() for column in (request, cache, new))
-    at, (of, known, added), ends = list(offsets), values, steps["end_ns"].to_numpy()
-    begin = 0
-    while begin < steps.num_rows:
-        stop = int(np.searchsorted(at[0], at[0][begin] + _CHUNK_MEMBERS, side="right")) - 1
-        stop = min(max(stop, begin + 1), steps.num_rows)
-        parts = [slice(int(offset[begin]), int(offset[stop])) for offset in at]
-        sizes = np.diff(at[0][begin : stop + 1])
-        total = known[parts[1]].astype(np.int64) + added[parts[2]]
-        yield of[parts[0]], total, np.repeat(ends[begin:stop], sizes)
-        begin = stop
+    for chunk in steps.select(["request", "cache_len", "input_len", "end_ns"]).to_batches(_CHUNK_STEPS):
+        sizes = pc.list_value_length(chunk["request"]).to_numpy()
+        request, known, added = (chunk[name].flatten().to_numpy() for name in ("request", "cache_len", "input_len"))
+        yield request, known.astype(np.int64) + added, np.repeat(chunk["end_ns"].to_numpy(), sizes)
 
 
 def _gaps(members: Members, furthest: Ints, last_ns: Ints) -> npt.NDArray[np.float32]:

@@ -137,7 +137,7 @@ def test_gaps_between_tokens_across_steps_and_chunks(make_run: MakeRun, monkeypa
     }
     run = with_steps(make_run(2), **columns)
     assert sorted(inter_token_ms(run).tolist()) == [30.0, 30.0, 40.0]
-    monkeypatch.setattr("kvtwin.reports.aggregate.tokens._CHUNK_MEMBERS", 1)
+    monkeypatch.setattr("kvtwin.reports.aggregate.tokens._CHUNK_STEPS", 1)
     assert sorted(inter_token_ms(run).tolist()) == [30.0, 30.0, 40.0]
 
 
@@ -173,20 +173,20 @@ def as_pairs(curve: Curve) -> list[tuple[int, int]]:
 
 def test_curves_from_requests(make_run: MakeRun) -> None:
     run = make_run(2, arrival_ns=[0, 5], queued_ns=[1, 5], scheduled_ns=[2, 9], first_token_ns=None, finish_ns=[9, 20])
-    engine, client = run_curves(run, "queued_ns"), run_curves(run, "arrival_ns")
+    engine, client = dict(run_curves(run, "queued_ns")), dict(run_curves(run, "arrival_ns"))
     assert as_pairs(engine["waiting"]) == [(1, 1), (2, 0), (5, 1), (9, 0)]
     assert as_pairs(client["waiting"]) == [(0, 1), (2, 0), (5, 1), (9, 0)]
     assert as_pairs(engine["running"]) == [(2, 1), (9, 1), (20, 0)]  # one leaves and one comes at 9
 
 
 def test_a_request_that_was_never_scheduled_waits_to_the_end(make_run: MakeRun) -> None:
-    curves = run_curves(make_run(2, scheduled_ns=[7, None], finish_ns=[9, None]), "queued_ns")
+    curves = dict(run_curves(make_run(2, scheduled_ns=[7, None], finish_ns=[9, None]), "queued_ns"))
     assert curves["waiting"].values[-1] == 1
     assert curves["running"].values[-1] == 0
 
 
 def test_curves_from_steps_fall_when_the_engine_goes_idle(make_run: MakeRun) -> None:
-    curves = run_curves(with_steps(make_run(3)), "steps")
+    curves = dict(run_curves(with_steps(make_run(3)), "steps"))
     assert as_pairs(curves["waiting"]) == [(0, 2), (9, 2), (10, 1), (19, 1), (40, 0), (49, 0)]
     assert as_pairs(curves["running"]) == [(0, 1), (9, 1), (10, 2), (19, 0), (40, 1), (49, 0)]
     assert as_pairs(curves["kv_blocks"]) == [(0, 1), (10, 3), (40, 0)]
@@ -194,18 +194,18 @@ def test_curves_from_steps_fall_when_the_engine_goes_idle(make_run: MakeRun) -> 
 
 def test_overlapping_steps_of_an_asynchronous_scheduler_keep_the_later_count(make_run: MakeRun) -> None:
     run = with_steps(make_run(3), sched_ns=[0, 5, 40])  # step 1 is planned while step 0 runs
-    assert as_pairs(run_curves(run, "steps")["running"])[:3] == [(0, 1), (5, 2), (19, 0)]
+    assert as_pairs(dict(run_curves(run, "steps"))["running"])[:3] == [(0, 1), (5, 2), (19, 0)]
 
 
 def test_instances_add_up(make_run: MakeRun) -> None:
     run = with_steps(make_run(3), instance=[0, 1, 0], step=[0, 0, 1])
     # Instance 0 runs request 0 from 0 on (its finish is not in its own steps) and request 2 from 40 to 49.
-    assert as_pairs(run_curves(run, "steps")["running"])[2] == (10, 3)
+    assert as_pairs(dict(run_curves(run, "steps"))["running"])[2] == (10, 3)
 
 
 def test_steps_without_known_times_of_scheduling_use_the_start(make_run: MakeRun) -> None:
     run = with_steps(make_run(3), sched_ns=None, update_ns=None, num_free_blocks=None)
-    curves = run_curves(run, "steps")
+    curves = dict(run_curves(run, "steps"))
     assert curves["running"].times_ns.tolist() == [1, 8, 11, 18, 41, 48]
     assert "kv_blocks" not in curves
 
