@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvtwin.reports.cli import main
+from kvtwin.sim.engines import engine_config
 from kvtwin.sim.latency.linear import LinearLatency
 from kvtwin.sim.sglang.config import sglang_config
 from kvtwin.sim.sglang.simulate import simulate_sglang
@@ -26,7 +27,7 @@ from kvtwin.validate.gates import METRICS, parse_gates
 from kvtwin.validate.result import Check, ScheduleFinding
 from kvtwin.validate.scheduler.align import NO_STEP, align
 from kvtwin.validate.scheduler.compare import compare_schedulers
-from kvtwin.validate.scheduler.predicted import engine_config
+from kvtwin.validate.scheduler.predicted import replay_settings
 from kvtwin.validate.scheduler.replay import replay_schedule
 from kvtwin.validate.scheduler.residency import derived_residency
 
@@ -138,7 +139,7 @@ def test_another_block_size_shows_in_free_blocks_at_once(log: Run) -> None:
 def test_the_other_versions_rules_are_found(shared: Path) -> None:
     run = read_run(shared / "oracle" / "vllm019" / "b_tight_cached")
     finding, _ = compare_schedulers(
-        run, replay_schedule(run, engine_config(run, {"version": "0.32"}, None)), name="log"
+        run, replay_schedule(run, engine_config(replay_settings(run, {"version": "0.32"}), "test")), name="log"
     )
     # Evictions differ from step 163 on; which request hits how much first at 284 (ENGINES_VLLM.md).
     assert finding.first is not None and (finding.first.step, finding.first.what) == (284, "cache_len")
@@ -308,6 +309,7 @@ def test_the_command(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     engine.write_text(ENGINE + "max_num_batched_tokens = 496\n")
     assert main(["validate", "scheduler", str(run), str(engine)]) == 0
     text = capsys.readouterr().out
+    assert "the default: tensor_parallel_size = 1" not in text and "watermark = 0.0" in text
     assert "first divergence: step 1, input_len" in text and "r3(0+34)" in text and "r3(0+18)" in text
     assert main(["validate", "scheduler", str(run), str(engine), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
@@ -319,7 +321,9 @@ def test_the_command(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize("log_name", ["vllm/i_async_tight", "vllm019/j_priority_self", "vllm019/j_async_priority"])
 def test_the_oracles_vllm_logs_are_replayed_as_they_are(shared: Path, log_name: str) -> None:
     run = read_run(shared / "oracle" / log_name)
-    finding, _ = compare_schedulers(run, replay_schedule(run, engine_config(run, {}, None)), name="log")
+    finding, _ = compare_schedulers(
+        run, replay_schedule(run, engine_config(replay_settings(run, {}), "test")), name="log"
+    )
     assert finding.num_identical == finding.num_steps == run.steps.num_rows
 
 
@@ -328,5 +332,7 @@ def test_the_oracles_vllm_logs_are_replayed_as_they_are(shared: Path, log_name: 
 )
 def test_the_oracles_sglang_logs_are_replayed_as_they_are(shared: Path, log_name: str) -> None:
     run = read_run(shared / "oracle" / "sglang" / f"{log_name}.jsonl.gz")
-    finding, _ = compare_schedulers(run, replay_schedule(run, engine_config(run, {}, None)), name="log")
+    finding, _ = compare_schedulers(
+        run, replay_schedule(run, engine_config(replay_settings(run, {}), "test")), name="log"
+    )
     assert finding.num_identical == finding.num_steps == run.steps.num_rows

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
 
+from kvtwin.sim.engines import EngineConfig
 from kvtwin.sim.sglang.config import SglangConfig
 from kvtwin.sim.vllm.config import VllmConfig
 from kvtwin.traces.errors import InputError
@@ -24,7 +25,6 @@ from kvtwin.validate.scheduler.partial import read_beginning
 from kvtwin.validate.scheduler.slots import Slots, read_slots
 
 IntArray = npt.NDArray[np.int64]
-EngineConfig = VllmConfig | SglangConfig
 
 # Keys of RunInfo.source: what the replay had to assume, and the recording's step that it begins with (0 if absent).
 NOTES: Final = "replay_notes"
