@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # PYTHONSAFEPATH: with the repository as working directory, a bare `import traces` must not find our folders.
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test lint bench fidelity oracle lock clean
+.PHONY: demo test lint bench fidelity site oracle lock clean
 
 $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "kvtwin needs Python >= 3.11: make PYTHON=python3.12 ..."; exit 1; }
@@ -34,6 +34,11 @@ bench: $(READY)   ## speed, as ratios against a reference in the same run
 STUDIES := tests
 fidelity: $(READY)   ## real hardware targets whose data lie in ../shared
 	$(BIN)/pytest -m fidelity -s $(STUDIES)
+
+SITE := site
+site: $(READY)   ## check every hardware target at hand (bundled, and those whose data lie in ../shared) and draw the dashboards
+	$(BIN)/kvtwin check traces/targets/* $(if $(wildcard ../shared/data),$(patsubst %/target.toml,%,$(wildcard tests/fidelity/*/target.toml))) -o $(SITE)/checks
+	$(BIN)/kvtwin report $(SITE)/checks -o $(SITE)/pages
 
 oracle: $(READY)   ## make oracle CASES=DIR: the simulator against logs of the real schedulers
 	@$(BIN)/python tests/oracle/compare.py $(CASES)
