@@ -13,8 +13,7 @@ from kvtwin.calibrate.tables.candidates import fit_all
 from kvtwin.calibrate.tables.checks import prepare, too_small
 from kvtwin.calibrate.tables.choice import Choice, choose, floor_of, report
 from kvtwin.calibrate.tables.holdout import HeldOut, hold_out
-from kvtwin.sim.latency.bank import OperatorModel
-from kvtwin.sim.latency.operators import OperatorTable
+from kvtwin.sim.latency.operators import OperatorModel, OperatorTable
 from kvtwin.sim.latency.profile import Profile
 from kvtwin.traces.errors import InputError
 from kvtwin.traces.readers.optable import OpSamples, OpTable
@@ -80,7 +79,7 @@ def calibrate_tables(
             "models": [_described(found) for found in fitted],
             "suspect_rows": suspect,
             "too_few_rows": small,
-            "rule": "simplest candidate within one standard error and a tenth of the best held-out error",
+            "rule": "simplest candidate within one standard error and a twentieth of the best held-out error",
         },
     )
 

@@ -1,22 +1,28 @@
 """Models of one operator's times, each with `fit(samples) -> self`, `time_us(columns)` and `to_model()`.
 
-From simple to rich: `Trend` (physics alone: a handful of prices), `Linear` (the table alone), `Hybrid` (physics times
-the table's ratios) and `Smooth` (the same, with ratios refined by a monotone cubic). Only numbers leave this file.
+From simple to rich: `Trend` (physics alone: a handful of prices), `Linear` (the table alone), `Corrected` and `Hybrid`
+(physics plus the table's rests, or times its ratios), `Smooth` (the same, with ratios refined by a monotone cubic);
+`Pooled` and `Surfaced` put between physics and table what models of other heads, or other sizes of the same work, show.
+Only numbers leave this file.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Final, Protocol, Self
 
 import numpy as np
-import numpy.typing as npt
 
 from kvtwin.calibrate.steps import NotFittedError
-from kvtwin.sim.latency.bank import MIN_TIME_US, OperatorModel, ShapeBank, octave
+from kvtwin.calibrate.tables.fill import fill_bank, refined
+from kvtwin.calibrate.tables.surface import fit_surface
+from kvtwin.sim.latency.bank import ShapeBank
 from kvtwin.sim.latency.grid import FloatArray
-from kvtwin.sim.latency.work import TILES, WAVES, Columns, terms
+from kvtwin.sim.latency.operators import OperatorModel
+from kvtwin.sim.latency.surface import COORDINATES
+from kvtwin.sim.latency.work import TILES, WAVES, Columns, pooled, terms
 from kvtwin.traces.readers.optable import OpSamples
 
 # Thread blocks that a device runs at once, where its GPU is not known: streaming multiprocessors of common GPUs (and
@@ -24,8 +30,8 @@ from kvtwin.traces.readers.optable import OpSamples
 _COMMON_SLOTS: Final = (58, 72, 82, 84, 108, 114, 128, 132, 142, 148, 170, 188, 216, 264, 296, 376)
 _SEARCH_ROWS: Final = 600  # of a table, to choose tile and slots on
 _MAX_CELLS: Final = 200_000  # of a refined grid
+_SINGLE_HEAD: Final = 0.01  # weight of rows with one key-value head in a pool
 _CELLS_PER_ROW: Final = 60  # a table of more cells is no grid (skewed decodes, six axes: 40)
-_MIN_RATIO: Final = 1e-6
 # Loads that kernels take in tiles of rows, and the tiles worth trying.
 _TILED: Final = ("m", "num_tokens", "chunk")
 STAIRCASES: Final = ((), (16.0,), (64.0,), (128.0,), (64.0, 128.0))
@@ -77,8 +83,9 @@ class Linear(_Fitted):
 
     def fit(self, samples: OpSamples) -> Self:
         """See `Candidate`."""
-        bank = fill_bank(samples, samples.time_us, octaves=False, steps=_steps(samples, self.tiles))
-        self.model_ = OperatorModel(samples.op, samples.work, samples.key, samples.constants, {}, 1.0, 0.0, bank)
+        steps = _steps(samples, self.tiles)
+        bank = fill_bank(samples.shape, samples.load, samples.time_us, octaves=False, steps=steps)
+        self.model_ = OperatorModel(samples.op, samples.work, samples.key, samples.constants, {}, bank=bank)
         return self
 
 
@@ -97,16 +104,10 @@ class Trend(_Fitted):
     def fit(self, samples: OpSamples) -> Self:
         """See `Candidate`."""
         columns = _all_columns(samples)
-        self.tile_, self.slots_ = self._geometry(samples.work, columns, samples.time_us)
-        self.prices_ = relative_nnls(terms(samples.work, columns, self.tile_, self.slots_), samples.time_us)
-        self.model_ = self.model_with(samples, None)
+        tile, slots = self._geometry(samples.work, columns, samples.time_us)
+        prices = relative_nnls(terms(samples.work, columns, tile, slots), samples.time_us)
+        self.model_ = OperatorModel(samples.op, samples.work, samples.key, samples.constants, prices, tile, slots)
         return self
-
-    def model_with(self, samples: OpSamples, bank: ShapeBank | None) -> OperatorModel:
-        """The trend and a bank on top of it."""
-        return OperatorModel(
-            samples.op, samples.work, samples.key, samples.constants, self.prices_, self.tile_, self.slots_, bank
-        )
 
     def _geometry(self, work: str, columns: Columns, time_us: FloatArray) -> tuple[float, float]:
         """Tile and slots whose prices fit best, on some of the rows."""
@@ -124,60 +125,114 @@ class Trend(_Fitted):
         return best[1], best[2]
 
 
-class _OnTrend(_Fitted):
-    """A trend and a table on top of it.
+class Surfaced(_Fitted):
+    """Physics times a factor that is smooth in physical coordinates (`sim/latency/surface.py`).
 
     Args:
-        base: the trend, fitted to the same samples, where it is at hand; otherwise it is fitted here.
-        slots: as for `Trend`.
-        tiles: as for `Linear`.
+        base: the trend, fitted to the same samples.
     """
 
-    def __init__(
-        self, slots: Sequence[float] | None = None, base: Trend | None = None, tiles: Sequence[float] = ()
-    ) -> None:
-        self.slots, self.base, self.tiles = slots, base, tuple(tiles)
+    name = "surface"
+
+    def __init__(self, base: Trend) -> None:
+        self.base = base
 
     def fit(self, samples: OpSamples) -> Self:
         """See `Candidate`."""
-        base = self.base or Trend(self.slots).fit(samples)
-        found = np.maximum(base.time_us(samples.columns), MIN_TIME_US)
-        self.model_ = base.model_with(samples, self._bank(samples, found))
+        base = self.base.to_model()
+        coordinates = COORDINATES[samples.work](_all_columns(samples), base.slots)
+        surface = fit_surface(samples.work, coordinates, base.time_us(samples.columns) / samples.time_us)
+        self.model_ = replace(base, surface=surface)
         return self
 
-    def _bank(self, samples: OpSamples, trend_us: FloatArray) -> ShapeBank:
-        raise NotImplementedError
+
+class Pooled(_Fitted):
+    """Attention of all heads together: what a base misses, by group, thread blocks and length (`work.pooled`).
+
+    A number of requests that was left out was measured all the same, as fewer requests of a model with more heads.
+
+    Args:
+        base: a trend, with or without its surface, fitted to the same samples.
+    """
+
+    def __init__(self, base: Trend | Surfaced) -> None:
+        self.base = base
+        self.name = "pool" if isinstance(base, Trend) else "pooled surface"
+
+    def fit(self, samples: OpSamples) -> Self:
+        """See `Candidate`."""
+        base = self.base.to_model()
+        load = pooled(_all_columns(samples))
+        shape = {"group": load.pop("group")}
+        # With one key-value head engines run other kernels around attention: it counts where nothing else is known.
+        weights = np.where(samples.columns["num_key_value_heads"] > 1, 1.0, _SINGLE_HEAD)
+        rest = samples.time_us - base.time_us(samples.columns)
+        self.model_ = replace(base, pool=fill_bank(shape, load, rest, octaves=False, weights=weights))
+        return self
 
 
-class Corrected(_OnTrend):
-    """Physics plus what the table says it misses, linear in the loads: waves bend the table between its points."""
+class _OnBase(_Fitted):
+    """Physics and a table on top of it.
+
+    Args:
+        slots: as for `Trend`.
+        base: what the table corrects, fitted to the same samples; None for a trend, fitted here.
+        tiles: as for `Linear`.
+    """
+
+    kind: str
+
+    def __init__(
+        self,
+        slots: Sequence[float] | None = None,
+        base: Trend | Surfaced | Pooled | None = None,
+        tiles: Sequence[float] = (),
+    ) -> None:
+        self.slots, self.base, self.tiles = slots, base, tuple(tiles)
 
     @property
     def name(self) -> str:
-        """With its tiles."""
-        return _stepped("corrected", self.tiles)
+        """With what it stands on, and its tiles."""
+        own = self.kind if self.base is None or isinstance(self.base, Trend) else f"{self.kind} on {self.base.name}"
+        return _stepped(own, self.tiles)
 
-    def _bank(self, samples: OpSamples, trend_us: FloatArray) -> ShapeBank:
-        return fill_bank(samples, samples.time_us - trend_us, octaves=False, steps=_steps(samples, self.tiles))
+    def fit(self, samples: OpSamples) -> Self:
+        """See `Candidate`."""
+        base = (self.base or Trend(self.slots).fit(samples)).to_model()
+        self.model_ = replace(base, bank=self._bank(samples, base.time_us(samples.columns)))
+        return self
+
+    def _bank(self, samples: OpSamples, base_us: FloatArray) -> ShapeBank:
+        raise NotImplementedError
 
 
-class Hybrid(_OnTrend):
+class Corrected(_OnBase):
+    """Physics plus what the table says it misses, linear in the loads: waves bend the table between its points."""
+
+    kind = "corrected"
+
+    def _bank(self, samples: OpSamples, base_us: FloatArray) -> ShapeBank:
+        rest, steps = samples.time_us - base_us, _steps(samples, self.tiles)
+        return fill_bank(samples.shape, samples.load, rest, octaves=False, steps=steps)
+
+
+class Hybrid(_OnBase):
     """Physics times the table's ratios, linear in octaves of the loads."""
 
-    name = "hybrid"
+    kind = "hybrid"
 
-    def _bank(self, samples: OpSamples, trend_us: FloatArray) -> ShapeBank:
-        return fill_bank(samples, samples.time_us / trend_us, octaves=True)
+    def _bank(self, samples: OpSamples, base_us: FloatArray) -> ShapeBank:
+        return fill_bank(samples.shape, samples.load, samples.time_us / base_us, octaves=True)
 
 
-class Smooth(_OnTrend):
+class Smooth(Hybrid):
     """A hybrid whose ratios bend: each axis gets points between its own from a monotone cubic of the logarithms."""
 
-    name = "smooth"
+    kind = "smooth"
 
-    def _bank(self, samples: OpSamples, trend_us: FloatArray) -> ShapeBank:
-        bank = fill_bank(samples, samples.time_us / trend_us, octaves=True)
-        return bank if bank.values.size * 4 ** len(bank.axes) > _MAX_CELLS else _refined(bank)
+    def _bank(self, samples: OpSamples, base_us: FloatArray) -> ShapeBank:
+        bank = super()._bank(samples, base_us)
+        return bank if bank.values.size * 4 ** len(bank.axes) > _MAX_CELLS else refined(bank)
 
 
 def fit_all(samples: OpSamples, slots: Sequence[float] | None) -> list[Candidate]:
@@ -190,7 +245,23 @@ def fit_all(samples: OpSamples, slots: Sequence[float] | None) -> list[Candidate
     candidates += [Linear(tiles).fit(samples) for tiles in staircases]
     candidates += [Corrected(slots, base, tiles).fit(samples) for tiles in staircases]
     candidates.append(Hybrid(slots, base).fit(samples))
-    return candidates if len(samples.load) > 2 else [*candidates, Smooth(slots, base).fit(samples)]
+    if len(samples.load) <= 2:
+        candidates.append(Smooth(slots, base).fit(samples))
+    return [*candidates, *_on_richer_bases(samples, slots, base)]
+
+
+def _on_richer_bases(samples: OpSamples, slots: Sequence[float] | None, base: Trend) -> list[Candidate]:
+    """Tables on what other heads and other sizes of the same work show, where there are any."""
+    found: list[Candidate] = []
+    bases: list[Pooled | Surfaced] = []
+    several_heads = "num_key_value_heads" in samples.shape
+    if several_heads:
+        bases.append(Pooled(base).fit(samples))
+    if samples.work in COORDINATES:
+        surface = Surfaced(base).fit(samples)
+        found.append(surface)
+        bases += [surface, Pooled(surface).fit(samples)] if several_heads else [surface]
+    return found + [Hybrid(slots, richer).fit(samples) for richer in bases]
 
 
 def is_grid(samples: OpSamples) -> bool:
@@ -236,99 +307,3 @@ def relative_nnls(
     factor = np.linalg.cholesky(gram + np.eye(len(names)) * (1e-10 * max(np.trace(gram), 1e-300)))
     prices, _ = nnls(factor.T, np.linalg.solve(factor, target), maxiter=30 * len(names))
     return {name: float(price / size) for name, price, size in zip(names, prices, scale, strict=True) if price > 0}
-
-
-# ---- banks ---------------------------------------------------------------------------------------------------
-
-
-def fill_bank(
-    samples: OpSamples, values: FloatArray, *, octaves: bool, steps: Mapping[str, Sequence[float]] | None = None
-) -> ShapeBank:
-    """Values on the union of the load axes, for each shape; repeats averaged, holes filled along the axes.
-
-    Holes are interpolated along the last axis first, then along the others; what lies outside on every axis takes the
-    nearest known value of its line (ratios) or goes on in a straight line (times).
-    """
-    names = tuple(samples.shape)
-    shapes, group = np.zeros((1, 0)), np.zeros(len(samples), np.intp)
-    if names:
-        found, group = np.unique(np.column_stack(list(samples.shape.values())), axis=0, return_inverse=True)
-        shapes = found.astype(np.float64)
-    places, axes = [group.ravel()], {}
-    for name, load in samples.load.items():
-        axis, place = np.unique(load, return_inverse=True)
-        axes[name] = axis.astype(np.float64)
-        places.append(place.ravel())
-    size = (len(shapes), *(len(axis) for axis in axes.values()))
-    flat = np.ravel_multi_index(tuple(places), size)
-    count = np.bincount(flat, minlength=int(np.prod(size))).reshape(size)
-    total = np.bincount(flat, weights=values, minlength=int(np.prod(size))).reshape(size)
-    table = np.divide(total, count, out=np.full(size, np.nan), where=count > 0)
-    empty = ShapeBank(names, shapes, axes, np.zeros(size), octaves, steps)
-    coordinates = [empty.place(name, axis) for name, axis in axes.items()]
-    for beyond in (None, "hold" if octaves else "straight"):
-        for dimension in reversed(range(1, table.ndim)):
-            table = _filled_along(table, dimension, coordinates[dimension - 1], beyond)
-    return ShapeBank(names, shapes, axes, table, octaves, steps)
-
-
-def _filled_along(table: FloatArray, dimension: int, axis: FloatArray, beyond: str | None) -> FloatArray:
-    """Fill holes between known values of each line; with `beyond`, also outside them."""
-    lines = np.moveaxis(table, dimension, -1)
-    known = ~np.isnan(lines)
-    size = lines.shape[-1]
-    place = np.arange(size)
-    before = np.maximum.accumulate(np.where(known, place, -1), axis=-1)
-    after = np.flip(np.minimum.accumulate(np.flip(np.where(known, place, size), -1), axis=-1), -1)
-    low, high = np.clip(before, 0, size - 1), np.clip(after, 0, size - 1)
-    at_low, at_high = np.take_along_axis(lines, low, -1), np.take_along_axis(lines, high, -1)
-    gap = axis[high] - axis[low]
-    share = np.divide(axis[place] - axis[low], gap, out=np.zeros(lines.shape), where=gap > 0)
-    inside = at_low + (at_high - at_low) * share
-    filled = np.where(known, lines, np.where((before >= 0) & (after < size), inside, np.nan))
-    if beyond is not None:
-        filled = np.where(np.isnan(filled) & (before >= 0), at_low, filled)
-        filled = np.where(np.isnan(filled) & (after < size), at_high, filled)
-        if beyond == "straight":
-            filled = _straight(lines, filled, known, axis)
-    result: FloatArray = np.moveaxis(filled, -1, dimension)
-    return result
-
-
-def _straight(lines: FloatArray, filled: FloatArray, known: npt.NDArray[np.bool_], axis: FloatArray) -> FloatArray:
-    """Go on beyond the last two known values of each line; a line with fewer keeps its one value."""
-    size = lines.shape[-1]
-    place = np.broadcast_to(np.arange(size), lines.shape)
-    out = filled
-    for flip in (False, True):
-        mask = np.flip(known, -1) if flip else known
-        values = np.flip(lines, -1) if flip else lines
-        where = axis[::-1] if flip else axis
-        last = np.where(mask, place, -1).max(axis=-1, keepdims=True)
-        earlier = np.where(mask & (place < last), place, -1).max(axis=-1, keepdims=True)
-        near, far = np.clip(last, 0, None), np.clip(earlier, 0, None)
-        at_near, at_far = np.take_along_axis(values, near, -1), np.take_along_axis(values, far, -1)
-        gap = where[near] - where[far]
-        slope = np.divide(at_near - at_far, gap, out=np.zeros(gap.shape), where=(gap != 0) & (earlier >= 0))
-        beyond = at_near + slope * (where - where[near])
-        goes_on = (place > last) & (earlier >= 0)
-        if flip:
-            beyond, goes_on = np.flip(beyond, -1), np.flip(goes_on, -1)
-        out = np.where(goes_on, beyond, out)
-    return out
-
-
-def _refined(bank: ShapeBank) -> ShapeBank:
-    """Three midpoints in each cell of each axis, from a monotone cubic of the log-ratios (Fritsch & Carlson 1980)."""
-    from scipy.interpolate import PchipInterpolator
-
-    axes, values = dict(bank.axes), np.log(np.maximum(bank.values, _MIN_RATIO))
-    for dimension, (name, axis) in enumerate(bank.axes.items(), start=1):
-        if len(axis) < 4:
-            continue
-        between = np.concatenate([axis[:-1] + (axis[1:] - axis[:-1]) * part for part in (0.25, 0.5, 0.75)])
-        # Loads are counts: whole numbers only.
-        finer = np.unique(np.concatenate([axis, np.floor(between), np.floor(np.sqrt(axis[:-1] * axis[1:]))]))
-        values = PchipInterpolator(octave(axis), values, axis=dimension)(octave(finer))
-        axes[name] = finer
-    return ShapeBank(bank.shape_names, bank.shapes, axes, np.exp(values), octaves=True)

@@ -2,7 +2,7 @@
 
 The rule: on each load axis the mean absolute error of the left-out inner rows counts, every axis alike. The best
 candidate is the one with the lowest mean; a simpler one is *equal* to it where it is behind by no more than one standard
-error of the paired difference over left-out values and no more than a tenth of the best one's error, or by less than
+error of the paired difference over left-out values and no more than a twentieth of the best one's error, or by less than
 0.05 percentage points. Of equal candidates the simplest is taken; the naive fits never are.
 """
 
@@ -21,7 +21,7 @@ from kvtwin.traces.readers.optable import OpSamples
 
 NAIVE: Final = ("ols", "nearest", "linear")
 _ONLY_NAIVE: Final = ("ols", "nearest")
-_EQUAL_SHARE: Final = 0.1
+_EQUAL_SHARE: Final = 0.05
 _NOTHING: Final = 5e-4
 _DEFAULT: Final = "trend"  # where nothing could be held out inside
 

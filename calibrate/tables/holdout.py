@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kvtwin.calibrate.tables.candidates import fit_all, is_grid
-from kvtwin.sim.latency.bank import octave
 from kvtwin.sim.latency.grid import FloatArray
+from kvtwin.sim.latency.octaves import octave
 from kvtwin.traces.readers.optable import OpSamples
 
 NUM_FOLDS = 5

@@ -21,9 +21,9 @@ import numpy.typing as npt
 from kvtwin.calibrate.accuracy import summarize
 from kvtwin.calibrate.tables.candidates import Trend, relative_nnls
 from kvtwin.calibrate.tables.checks import MIN_ROWS, prepare
-from kvtwin.sim.latency.bank import MIN_TIME_US, OperatorModel, Scale, octave
 from kvtwin.sim.latency.grid import FloatArray
-from kvtwin.sim.latency.operators import OperatorTable
+from kvtwin.sim.latency.octaves import octave
+from kvtwin.sim.latency.operators import MIN_TIME_US, OperatorModel, OperatorTable, Scale
 from kvtwin.sim.latency.profile import Profile
 from kvtwin.sim.latency.work import TILES, terms
 from kvtwin.traces.errors import InputError
@@ -153,7 +153,7 @@ def _weighted_trend(samples: OpSamples, time_us: FloatArray, weights: FloatArray
         if best is None or error < best[0]:
             best = (error, tile, prices)
     assert best is not None
-    return OperatorModel(samples.op, samples.work, samples.key, samples.constants, best[2], best[1], 0.0, None)
+    return OperatorModel(samples.op, samples.work, samples.key, samples.constants, best[2], best[1])
 
 
 def fit_scales(

@@ -13,25 +13,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from kvtwin.sim.latency.grid import FloatArray
-from kvtwin.sim.latency.work import Columns, trend
-
-
-def octave(values: npt.ArrayLike) -> FloatArray:
-    """e + 2 m - 1 of x + 1 = m * 2^e: monotone, linear between powers of two, and exact.
-
-    >>> octave([0.0, 1.0, 2.0, 3.0, 7.0]).tolist()
-    [0.0, 1.0, 1.5, 2.0, 3.0]
-    """
-    mantissa, exponent = np.frexp(np.asarray(values, np.float64) + 1.0)
-    found: FloatArray = exponent + 2.0 * mantissa - 2.0
-    return found
+from kvtwin.sim.latency.octaves import digits, octave, plain
+from kvtwin.sim.latency.work import Columns
 
 
 def staircase(values: FloatArray, tiles: Sequence[float]) -> FloatArray:
@@ -50,8 +39,6 @@ def staircase(values: FloatArray, tiles: Sequence[float]) -> FloatArray:
 
 
 _OWN_SHARE: Final = 0.1
-MIN_TIME_US: Final = 1e-3  # no prediction is shorter
-_ROWS_AT_ONCE: Final = 8192
 
 
 class ShapeBank:
@@ -166,133 +153,9 @@ class ShapeBank:
         """Numbers and names only; values to six digits."""
         return {
             "shape_names": list(self.shape_names),
-            "shapes": [[_plain(value) for value in row] for row in self.shapes.tolist()],
-            "axes": {name: [_plain(value) for value in axis.tolist()] for name, axis in self.axes.items()},
-            "values": _digits(self.values).tolist(),
+            "shapes": [[plain(value) for value in row] for row in self.shapes.tolist()],
+            "axes": {name: [plain(value) for value in axis.tolist()] for name, axis in self.axes.items()},
+            "values": digits(self.values).tolist(),
             "octaves": self.octaves,
             "steps": {name: list(tiles) for name, tiles in self.steps.items()},
-        }
-
-
-def _plain(value: float) -> float | int:
-    return int(value) if value == int(value) else value
-
-
-def _digits(values: FloatArray) -> FloatArray:
-    """Six significant digits: a millionth, far below any timer's noise."""
-    flat = [float(f"{value:.6g}") for value in values.ravel().tolist()]
-    return np.array(flat, np.float64).reshape(values.shape)
-
-
-@dataclass(frozen=True, slots=True)
-class Scale:
-    """A reference's time r on other hardware.
-
-    (offset + slope * r + bend * max(r - knot, 0)) * (factor + tilt * (octave(r) - centre)), the last at least 0.1
-    """
-
-    offset_us: float
-    slope: float
-    bend: float
-    knot_us: float
-    factor: float = 1.0
-    tilt: float = 0.0
-    centre: float = 0.0
-
-    def apply(self, reference_us: FloatArray) -> FloatArray:
-        """Microseconds on the other hardware."""
-        common = self.offset_us + self.slope * reference_us + self.bend * np.maximum(reference_us - self.knot_us, 0.0)
-        own = self.factor + self.tilt * (octave(reference_us) - self.centre)
-        return common * np.maximum(own, 0.1)
-
-
-class OperatorModel:
-    """Time of one operator under one key, in microseconds.
-
-    Args:
-        op, work, key: which operator (`traces.readers.optable.OpSamples`).
-        constants: columns that the key fixes (head_dim, window_size ...).
-        prices: microseconds per unit of each term of `work.py`; empty for a table alone.
-        tile, slots: of the trend's thread blocks; slots 0: no waves.
-        bank: table of ratios or rests (with prices) or of times (without); None for the trend alone.
-        scale: from the hardware that prices and bank were fitted on to another; None for the same.
-    """
-
-    def __init__(
-        self,
-        op: str,
-        work: str,
-        key: Mapping[str, str],
-        constants: Mapping[str, float],
-        prices: Mapping[str, float],
-        tile: float,
-        slots: float,
-        bank: ShapeBank | None,
-        scale: Scale | None = None,
-    ) -> None:
-        self.op, self.work, self.key = op, work, dict(key)
-        self.constants, self.prices = dict(constants), dict(prices)
-        self.tile, self.slots, self.bank, self.scale = tile, slots, bank, scale
-
-    def time_us(self, columns: Columns) -> FloatArray:
-        """Microseconds of n batches; columns are the loads (and shapes) that the samples had."""
-        n = len(next(iter(columns.values())))
-        if n > _ROWS_AT_ONCE:  # what fits the processor's cache is several times faster
-            starts = range(0, n, _ROWS_AT_ONCE)
-            parts = [{name: values[at : at + _ROWS_AT_ONCE] for name, values in columns.items()} for at in starts]
-            return np.concatenate([self.time_us(part) for part in parts])
-        found = self._unscaled_us(columns)
-        return found if self.scale is None else np.maximum(self.scale.apply(found), MIN_TIME_US)
-
-    def _unscaled_us(self, columns: Columns) -> FloatArray:
-        ratio = self.bank(columns) if self.bank is not None else None
-        if not self.prices:
-            if ratio is None:
-                raise ValueError("neither prices nor a table")
-            return np.maximum(ratio, MIN_TIME_US)
-        found = trend(self.work, self._with_constants(columns), self.prices, self.tile, self.slots)
-        if ratio is not None:
-            found = found * ratio if self.bank is not None and self.bank.octaves else found + ratio
-        return np.maximum(found, MIN_TIME_US)
-
-    def _with_constants(self, columns: Columns) -> Columns:
-        n = len(next(iter(columns.values())))
-        return {**columns, **{name: np.full(n, value) for name, value in self.constants.items()}}
-
-    def scaled(self, scale: Scale) -> OperatorModel:
-        """The same operator on other hardware."""
-        return OperatorModel(
-            self.op, self.work, self.key, self.constants, self.prices, self.tile, self.slots, self.bank, scale
-        )
-
-    def with_key(self, key: Mapping[str, str]) -> OperatorModel:
-        """The same numbers under another key."""
-        return OperatorModel(
-            self.op, self.work, key, self.constants, self.prices, self.tile, self.slots, self.bank, self.scale
-        )
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> OperatorModel:
-        """Read `to_json`'s output. Raises KeyError, TypeError or ValueError on anything else."""
-        bank = ShapeBank.from_json(data["bank"]) if data["bank"] is not None else None
-        constants = {name: float(value) for name, value in data["constants"].items()}
-        prices = {name: float(value) for name, value in data["prices"].items()}
-        scale = Scale(**{name: float(value) for name, value in data["scale"].items()}) if data["scale"] else None
-        return cls(
-            str(data["op"]), str(data["work"]), data["key"], constants, prices,
-            float(data["tile"]), float(data["slots"]), bank, scale,
-        )  # fmt: skip
-
-    def to_json(self) -> dict[str, Any]:
-        """Numbers and names only."""
-        return {
-            "op": self.op,
-            "work": self.work,
-            "key": self.key,
-            "constants": self.constants,
-            "prices": self.prices,
-            "tile": self.tile,
-            "slots": self.slots,
-            "bank": self.bank.to_json() if self.bank is not None else None,
-            "scale": asdict(self.scale) if self.scale is not None else None,
         }

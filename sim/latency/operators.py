@@ -1,12 +1,154 @@
-"""Times of single operators by name and key: what kernel tables give, before a model is composed from them."""
+"""Times of single operators by name and key: what kernel tables give, before a model is composed from them.
+
+    time = trend(columns)                                   "trend": physics alone
+    time = (trend * surface + pool) * bank                  ratios of the table, in octaves of the loads
+    time = (trend * surface + pool) + bank                  rests of the table, in the loads
+
+Surface, pool and bank may each be absent; without prices the bank holds the times themselves.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Final
 
-from kvtwin.sim.latency.bank import OperatorModel
+import numpy as np
+
+from kvtwin.sim.latency.bank import ShapeBank
+from kvtwin.sim.latency.grid import FloatArray
+from kvtwin.sim.latency.octaves import octave
+from kvtwin.sim.latency.surface import COORDINATES, Surface
+from kvtwin.sim.latency.work import Columns, pooled, trend
 from kvtwin.traces.errors import InputError
+
+MIN_TIME_US: Final = 1e-3  # no prediction is shorter
+_ROWS_AT_ONCE: Final = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """A reference's time r on other hardware.
+
+    (offset + slope * r + bend * max(r - knot, 0)) * (factor + tilt * (octave(r) - centre)), the last at least 0.1
+    """
+
+    offset_us: float
+    slope: float
+    bend: float
+    knot_us: float
+    factor: float = 1.0
+    tilt: float = 0.0
+    centre: float = 0.0
+
+    def apply(self, reference_us: FloatArray) -> FloatArray:
+        """Microseconds on the other hardware."""
+        common = self.offset_us + self.slope * reference_us + self.bend * np.maximum(reference_us - self.knot_us, 0.0)
+        own = self.factor + self.tilt * (octave(reference_us) - self.centre)
+        return common * np.maximum(own, 0.1)
+
+
+@dataclass(frozen=True, slots=True)
+class OperatorModel:
+    """Time of one operator under one key, in microseconds.
+
+    Attributes:
+        op, work, key: which operator (`traces.readers.optable.OpSamples`).
+        constants: columns that the key fixes (head_dim, window_size ...).
+        prices: microseconds per unit of each term of `work.py`; empty for a table alone.
+        tile, slots: of the trend's thread blocks; slots 0: no waves.
+        bank: table of ratios or rests (with prices) or of times (without); None for the trend alone.
+        surface: what the trend misses, smooth in physical coordinates.
+        pool: rests by group of query heads, thread blocks and length (`work.pooled`), shared by all shapes.
+        scale: from the hardware that prices and bank were fitted on to another; None for the same.
+    """
+
+    op: str
+    work: str
+    key: Mapping[str, str]
+    constants: Mapping[str, float]
+    prices: Mapping[str, float]
+    tile: float = 1.0
+    slots: float = 0.0
+    bank: ShapeBank | None = None
+    surface: Surface | None = None
+    pool: ShapeBank | None = None
+    scale: Scale | None = None
+
+    def time_us(self, columns: Columns) -> FloatArray:
+        """Microseconds of n batches; columns are the loads (and shapes) that the samples had."""
+        n = len(next(iter(columns.values())))
+        if n > _ROWS_AT_ONCE:  # what fits the processor's cache is several times faster
+            starts = range(0, n, _ROWS_AT_ONCE)
+            parts = [{name: values[at : at + _ROWS_AT_ONCE] for name, values in columns.items()} for at in starts]
+            return np.concatenate([self.time_us(part) for part in parts])
+        found = self._unscaled_us(columns)
+        return found if self.scale is None else np.maximum(self.scale.apply(found), MIN_TIME_US)
+
+    def _unscaled_us(self, columns: Columns) -> FloatArray:
+        bank = self.bank(columns) if self.bank is not None else None
+        if not self.prices:
+            if bank is None:
+                raise ValueError("neither prices nor a table")
+            return np.maximum(bank, MIN_TIME_US)
+        found = self._base_us(columns)
+        if self.bank is not None and bank is not None:
+            found = found * bank if self.bank.octaves else found + bank
+        return np.maximum(found, MIN_TIME_US)
+
+    def _base_us(self, columns: Columns) -> FloatArray:
+        """Trend, surface and pool."""
+        n = len(next(iter(columns.values())))
+        known = {name: np.asarray(values, np.float64) for name, values in columns.items()}
+        known |= {name: np.full(n, value) for name, value in self.constants.items()}
+        found = trend(self.work, known, self.prices, self.tile, self.slots)
+        if self.surface is not None:
+            found = found * self.surface(COORDINATES[self.work](known, self.slots))
+        if self.pool is not None:
+            found = found + self.pool(pooled(known))
+        return np.maximum(found, MIN_TIME_US)
+
+    def scaled(self, scale: Scale) -> OperatorModel:
+        """The same operator on other hardware."""
+        return replace(self, scale=scale)
+
+    def with_key(self, key: Mapping[str, str]) -> OperatorModel:
+        """The same numbers under another key."""
+        return replace(self, key=dict(key))
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> OperatorModel:
+        """Read `to_json`'s output. Raises KeyError, TypeError or ValueError on anything else."""
+        surface, pool = data.get("surface"), data.get("pool")  # absent in profiles of earlier versions
+        return cls(
+            op=str(data["op"]),
+            work=str(data["work"]),
+            key=dict(data["key"]),
+            constants={name: float(value) for name, value in data["constants"].items()},
+            prices={name: float(value) for name, value in data["prices"].items()},
+            tile=float(data["tile"]),
+            slots=float(data["slots"]),
+            bank=ShapeBank.from_json(data["bank"]) if data["bank"] is not None else None,
+            surface=Surface.from_json(surface) if surface is not None else None,
+            pool=ShapeBank.from_json(pool) if pool is not None else None,
+            scale=Scale(**{name: float(value) for name, value in data["scale"].items()}) if data["scale"] else None,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Numbers and names only."""
+        return {
+            "op": self.op,
+            "work": self.work,
+            "key": dict(self.key),
+            "constants": dict(self.constants),
+            "prices": dict(self.prices),
+            "tile": self.tile,
+            "slots": self.slots,
+            "bank": self.bank.to_json() if self.bank is not None else None,
+            "surface": self.surface.to_json() if self.surface is not None else None,
+            "pool": self.pool.to_json() if self.pool is not None else None,
+            "scale": asdict(self.scale) if self.scale is not None else None,
+        }
 
 
 class OperatorTable:

@@ -26,6 +26,7 @@ Terms = dict[str, FloatArray]
 Work = Callable[[Columns, float, float], Terms]
 
 _PIECE: Final = 128.0  # keys that a thread block takes at a time
+_MANY_SLOTS: Final = 376.0  # thread blocks at once, where the trend saw no waves
 
 
 def _ceil(top: FloatArray, bottom: float | FloatArray) -> FloatArray:
@@ -43,10 +44,24 @@ def _get(columns: Columns, name: str, default: float) -> FloatArray:
     return found if found is not None else np.full(len(next(iter(columns.values()))), default)
 
 
-def _heads(columns: Columns) -> tuple[FloatArray, FloatArray]:
+def attention_heads(columns: Columns) -> tuple[FloatArray, FloatArray]:
     """Query and key-value heads; a table without them has one model, whose heads are in the prices or in `slots`."""
     heads = _get(columns, "num_heads", 1.0)
     return heads, _get(columns, "num_key_value_heads", 0.0) if "num_key_value_heads" in columns else heads
+
+
+def pooled(columns: Columns) -> dict[str, FloatArray]:
+    """Columns in which attention of models with different heads is alike: group, blocks and length, of shape (n,).
+
+    A GPU sees thread blocks: 8 requests of a model with 4 key-value heads are 16 requests of one with 2 (decodes pack a
+    group's queries into one block; prefills have a block for each query head).
+    """
+    heads, kv_heads = attention_heads(columns)
+    if "num_decode" in columns:
+        blocks, length = columns["num_decode"] * kv_heads, columns["context"]
+    else:
+        blocks, length = _get(columns, "num_seqs", 1.0) * heads, columns["chunk"]
+    return {"group": heads / kv_heads, "blocks": blocks, "length": length}
 
 
 def _windowed(length: FloatArray, columns: Columns, extra: float) -> FloatArray:
@@ -56,7 +71,7 @@ def _windowed(length: FloatArray, columns: Columns, extra: float) -> FloatArray:
 
 
 def _prefill_attention(columns: Columns, tile: float, slots: float) -> Terms:
-    heads, kv_heads = _heads(columns)
+    heads, kv_heads = attention_heads(columns)
     seqs, chunk, prefix = _get(columns, "num_seqs", 1.0), columns["chunk"], _get(columns, "prefix", 0.0)
     blocks = seqs * heads * _ceil(chunk, tile)
     span = _windowed(prefix + (np.minimum(chunk, tile) + chunk) / 2, columns, tile)
@@ -75,23 +90,31 @@ def _prefill_attention(columns: Columns, tile: float, slots: float) -> Terms:
 
 
 def _decode_attention(columns: Columns, tile: float, slots: float) -> Terms:
-    heads, kv_heads = _heads(columns)
+    heads, kv_heads = attention_heads(columns)
     seqs, context = columns["num_decode"], _windowed(columns["context"], columns, 0.0)
     blocks = seqs * kv_heads * _ceil(heads / kv_heads, tile)
     pieces = np.maximum(_ceil(context, _PIECE), 1.0)
     splits = np.clip(np.floor((slots or 1.0) / blocks), 1.0, pieces)
+    split = (splits > 1).astype(np.float64)
     longest = _ceil(pieces, splits) * _PIECE
     waves = _waves(blocks * splits, slots)
     read = seqs * kv_heads * context
+    packed = ((kv_heads > 1) & (heads > kv_heads)).astype(np.float64)
     terms = {
         "call": np.ones(len(seqs)),
         "waves": waves,
         "wave keys": waves * longest,
         "longest": longest,
-        "split": (splits > 1).astype(np.float64),
+        "split": split,
+        "splits": split * splits,
+        "partial queries": split * splits * seqs * heads,  # what the pieces write and a second kernel adds up
         "keys": read,
         "query keys": seqs * heads * context,
         "queries": seqs * heads,
+        "several": (seqs > 1).astype(np.float64),
+        # With several key-value heads, FlashAttention-2 first copies the queries that it packs (`seqlenq_ngroups_swapped`).
+        "packed": packed,
+        "packed queries": packed * seqs * heads,
     }
     return terms | _spills(read)
 
@@ -102,17 +125,38 @@ def _spills(read: FloatArray) -> Terms:
 
 
 def _mixed_attention(columns: Columns, tile: float, slots: float) -> Terms:
-    """One prefill with decodes in one launch: query heads are not packed and no context is split."""
-    heads, kv_heads = _heads(columns)
+    """One prefill with decodes in one launch: query heads are not packed and no context is split.
+
+    Every decode gets as many blocks as the prefill, of which all but one find nothing to do.
+    """
+    heads, kv_heads = attention_heads(columns)
     chunk, prefix, seqs, context = (columns[name] for name in ("chunk", "prefix", "num_decode", "context"))
     span = prefix + (np.minimum(chunk, tile) + chunk) / 2
-    first, second = (heads * _ceil(chunk, tile), span), (seqs * heads, context)
-    return _two_kinds(first, second, slots, prefix + chunk) | _spills(seqs * kv_heads * context)
+    tiles = _ceil(chunk, tile)
+    terms = _two_kinds((heads * tiles, span), (seqs * heads, context), slots, prefix + chunk)
+    terms |= {"empty blocks": heads * seqs * (tiles - 1.0), "keys": kv_heads * seqs * context}
+    return terms | _misses(columns, slots)
+
+
+def _misses(columns: Columns, slots: float) -> Terms:
+    """Keys read from memory again by each query head of a group that a cache of each size does not hold.
+
+    Blocks go out head by head. Heads that run at once (slots / decodes of them) share what they read; one that comes
+    later finds it in the cache only as far as the keys of all decodes under one head fit.
+    """
+    heads, kv_heads = attention_heads(columns)
+    seqs, context = columns["num_decode"], columns["context"]
+    group = heads / kv_heads
+    reads = group / np.clip((slots or _MANY_SLOTS) / seqs, 1.0, group)
+    return {
+        f"missed keys over {int(size)}": kv_heads * reads * np.maximum(seqs * context - size, 0.0)
+        for size in (65536.0, 131072.0, 262144.0)
+    }
 
 
 def _uneven_decode(columns: Columns, tile: float, slots: float) -> Terms:
     """Decodes of two lengths; all are cut into pieces of the length that suits the longest."""
-    heads, kv_heads = _heads(columns)
+    heads, kv_heads = attention_heads(columns)
     seqs, context = columns["num_decode"], columns["context"]
     long_seqs = np.rint(seqs * columns["long_share"])
     longest = context * columns["skew"]
@@ -126,7 +170,7 @@ def _uneven_decode(columns: Columns, tile: float, slots: float) -> Terms:
 
 
 def _uneven_mixed(columns: Columns, tile: float, slots: float) -> Terms:
-    heads, kv_heads = _heads(columns)
+    heads, kv_heads = attention_heads(columns)
     chunk, prefix = columns["chunk"], columns["prefix"]
     seqs, context = columns["num_decode"], columns["context"]
     long_seqs = np.rint(seqs * columns["long_share"])
@@ -182,6 +226,30 @@ def _list_end(many: FloatArray, long: FloatArray, more: FloatArray, other: Float
     return np.maximum(first_end, np.where(more > 0, rounds * long + last * step, 0.0))
 
 
+# Tiles of rows and columns that matrix products are cut into, with the share of the peak that each reaches, and into how
+# many pieces of k; the library picks what ends first (NVIDIA, "Matrix Multiplication Background", "Tile Quantization").
+_TILINGS: Final = (
+    (64.0, 64.0, 0.5),
+    (64.0, 128.0, 0.7),
+    (128.0, 128.0, 0.85),
+    (128.0, 256.0, 1.0),
+    (256.0, 128.0, 1.0),
+)
+_PIECES_OF_K: Final = (1.0, 2.0, 4.0, 8.0)
+_LEAST_K: Final = 256.0  # of a piece; starting and ending a tile takes about as long
+
+
+def best_products(m: FloatArray, n: FloatArray, k: FloatArray, slots: float) -> FloatArray:
+    """Products that a multiprocessor works through under the tiling that ends first, with idle slots counted."""
+    best = np.full(len(m), np.inf)
+    for rows, columns, share in _TILINGS:
+        tiles = _ceil(m, rows) * _ceil(n, columns)
+        for pieces in _PIECES_OF_K:
+            found = _ceil(tiles * pieces, slots) * (rows * columns / share) * (k / pieces + _LEAST_K)
+            best = np.where((pieces == 1.0) | (k >= _LEAST_K * pieces), np.minimum(best, found), best)
+    return best
+
+
 def _gemm(columns: Columns, tile: float, slots: float) -> Terms:
     m, n, k = columns["m"], columns["n"], columns["k"]
     tiles = _ceil(m, tile) * _ceil(n, 128.0)
@@ -196,7 +264,7 @@ def _gemm(columns: Columns, tile: float, slots: float) -> Terms:
         "inputs": m * k,
         "outputs": m * n,
         "depth": k,
-    }
+    } | ({"best tiling": best_products(m, n, k, slots)} if slots else {})
 
 
 def _moe(columns: Columns, tile: float, slots: float) -> Terms:  # noqa: ARG001 - the contract's

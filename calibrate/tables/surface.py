@@ -1,0 +1,93 @@
+"""Samples -> `sim.latency.surface.Surface`: penalised least relative squares.
+
+minimise mean over rows of (predicted / measured - 1)^2 + strength * roughness
+
+Predictions are trend * (1 + sum of parts), linear in the parts' values, so one linear system is solved. Roughness is the
+sum of squared second differences along each axis of each part (P-splines, Eilers & Marx 1996), and a little of the
+values themselves, which tells parts apart that say the same and keeps what no row shows at the trend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import numpy as np
+
+from kvtwin.sim.latency.grid import FloatArray
+from kvtwin.sim.latency.octaves import octave
+from kvtwin.sim.latency.surface import PAIRS, Part, Surface, cell, weights_of
+
+_STRENGTH: Final = 2e-4  # of a table that is smooth on the scale of octaves: errors of 1 %, bends of as much
+_RIDGE: Final = {1: 1e-3, 2: 1e-2}  # by number of coordinates of a part
+_LEAST_SPAN: Final = 0.5  # octaves: a coordinate that spans less is a constant
+
+
+def fit_surface(work: str, coordinates: Mapping[str, FloatArray], ratio: FloatArray) -> Surface:
+    """The surface of n rows.
+
+    Args:
+        work: entry of `PAIRS`.
+        coordinates: arrays of shape (n,).
+        ratio: the trend's time over the measured one, shape (n,).
+    """
+    from scipy import sparse
+    from scipy.linalg import cho_factor, cho_solve
+
+    axes = {name: _whole_octaves(values) for name, values in coordinates.items() if _spans(values)}
+    names: list[tuple[str, ...]] = [(name,) for name in axes]
+    names += [pair for pair in PAIRS[work] if all(name in axes for name in pair)]
+    shapes = [tuple(len(axes[name]) for name in part) for part in names]
+    design = _design(axes, names, shapes, coordinates).multiply(ratio[:, None]).tocsr()
+    penalty = sparse.block_diag([_roughness(shape) for shape in shapes])
+    normal = (design.T @ design + _STRENGTH * len(ratio) * penalty).toarray()
+    values = cho_solve(cho_factor(normal), design.T @ (1.0 - ratio))
+    ends = np.cumsum([int(np.prod(shape)) for shape in shapes])
+    tables = np.split(values, ends[:-1])
+    return Surface(
+        axes, [Part(part, table.reshape(shape)) for part, table, shape in zip(names, tables, shapes, strict=True)]
+    )
+
+
+def _spans(values: FloatArray) -> bool:
+    return bool(np.ptp(octave(values)) >= _LEAST_SPAN)
+
+
+def _whole_octaves(values: FloatArray) -> FloatArray:
+    place = octave(values)
+    found: FloatArray = np.arange(np.floor(place.min()), np.ceil(place.max()) + 1.0)
+    return found
+
+
+def _design(
+    axes: Mapping[str, FloatArray],
+    names: list[tuple[str, ...]],
+    shapes: list[tuple[int, ...]],
+    coordinates: Mapping[str, FloatArray],
+) -> Any:
+    """Sparse matrix of shape (n, number of values): what each value adds to each row's factor."""
+    from scipy import sparse
+
+    cells = {name: cell(axis, coordinates[name]) for name, axis in axes.items()}
+    points, weights, first = [], [], 0
+    for part, shape in zip(names, shapes, strict=True):
+        place, weight = weights_of([cells[name] for name in part], shape)
+        points.append(place + first)
+        weights.append(weight)
+        first += int(np.prod(shape))
+    place, weight = np.concatenate(points, axis=1), np.concatenate(weights, axis=1)
+    starts = np.arange(0, place.size + 1, place.shape[1])
+    return sparse.csr_matrix((weight.ravel(), place.ravel(), starts), shape=(len(place), first))
+
+
+def _roughness(shape: tuple[int, ...]) -> Any:
+    """Squared second differences along each axis, and the ridge."""
+    from scipy import sparse
+
+    total = _RIDGE[len(shape)] * sparse.eye(int(np.prod(shape)))
+    for axis, size in enumerate(shape):
+        if size > 2:
+            bend = sparse.diags([1.0, -2.0, 1.0], [0, 1, 2], shape=(size - 2, size))
+            before, after = int(np.prod(shape[:axis])), int(np.prod(shape[axis + 1 :]))
+            total = total + sparse.kron(sparse.kron(sparse.eye(before), bend.T @ bend), sparse.eye(after))
+    return total
