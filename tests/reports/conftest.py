@@ -22,7 +22,6 @@ from kvtwin.validate.result import (
     Check,
     Comparison,
     Divergence,
-    Drift,
     Part,
     ScheduleFinding,
     TargetReport,
@@ -139,7 +138,6 @@ def report(comparison: Comparison) -> TargetReport:
             Attribution("alpha", "ttft_mean", "ms", 100.0, 110.0, PARTS, "step times", "one seed"),
             Attribution("alpha", "tpot_mean", "ms", 20.0, 22.0, (Part("cache", math.nan), Part("remainder", 0.1))),
         ),
-        drifts=(Drift("alpha", "ttft_p90", -0.02, -0.086, "simulated", "2026-11-01T00:00:00Z", 0.01, "fail"),),
         profile={"kind": "linear", "hold_out_mape": 0.083, "domain": {"num_reqs": [1, 64]}},
         provenance={"command": "kvtwin check tiny", "inputs": [{"path": "a.parquet"}], "seed": 0, "note": None},
     )
@@ -166,7 +164,6 @@ def hostile_report(make_run: Callable[..., Run]) -> TargetReport:
         attributions=(
             Attribution(text, text, text, 1.0, 1.1, (Part(text, 0.1), Part("<b>bold</b>", 0.0)), text, text),
         ),
-        drifts=(Drift(text, text, 0.1, math.nan, text, text, None, "gone"),),
         profile={text: text, "list": [text, {text: text}]},
         provenance={text: {text: text}},
     )

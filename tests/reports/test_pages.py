@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -23,9 +24,9 @@ from kvtwin.reports.pages.run_figures import figures_of_run
 from kvtwin.reports.pages.target import render_target
 from kvtwin.reports.pages.trend import sparkline, trend_figure
 from kvtwin.traces.run import Run
-from kvtwin.validate.result import Check, Comparison, TargetReport
+from kvtwin.validate.result import Check, Comparison, Drift, TargetReport
 
-from .conftest import stored, with_steps
+from .conftest import HOSTILE, stored, with_steps
 
 MAX_BYTES = 6_000_000
 RUN_FIGURES = ["parity", "error_map", "error_cdf", "ttft", "tpot", "itl", "latency", "timeline", "causes", "cache"]
@@ -79,7 +80,8 @@ def full_report(report: TargetReport, make_run: Callable[..., Run]) -> TargetRep
     hits = {"cached_tokens": [4, 4, 0], "cached_host_tokens": [1, 1, 0]}
     runs = [with_steps(make_run(3, slow=slow, **hits)) for slow in (1.0, 1.1)]
     first = replace(report.comparisons[0], measured=runs[0], simulated=runs[1])
-    return replace(report, comparisons=(first, *report.comparisons[1:]))
+    drift = Drift("alpha", "ttft_p90", -0.02, -0.086, "simulated", "2026-11-01T00:00:00Z", 0.01, "fail")
+    return replace(report, comparisons=(first, *report.comparisons[1:]), drifts=(drift,))
 
 
 def test_the_page_is_well_formed_and_complete(full_report: TargetReport) -> None:
@@ -216,6 +218,8 @@ def test_the_page_stays_small_with_many_runs_of_many_steps(
 
 
 def test_hostile_strings_stay_text(hostile_report: TargetReport) -> None:
+    gone = Drift(HOSTILE, HOSTILE, 0.1, math.nan, HOSTILE, HOSTILE, None, "gone")
+    hostile_report = replace(hostile_report, drifts=(gone,))
     report = stored(hostile_report)
     for text in (
         page_of(hostile_report, history=[report, report], index_url="../index.html"),
