@@ -97,8 +97,8 @@ def calibrate_kernels(
     Raises:
         InputError: an operator is missing, a grid is too thin, or collectives are missing.
     """
-    gpu = gpu_spec(str(kernels.meta.get("gpu") or kernels.meta.get("hardware") or ""))
-    unsplit = _unsplit_decodes(kernels, model, gpu, max_model_len, enforce_eager)
+    split_below = _split_below(kernels, model)
+    unsplit = None if enforce_eager else _unsplit_decodes(kernels, model, split_below, max_model_len)
     attention = _Table.of(kernels.attention)
     latency = ComposedLatency(
         num_layers=model.num_hidden_layers,
@@ -107,7 +107,7 @@ def calibrate_kernels(
         tokens=_token_parts(kernels, model, collectives),
         sequences=_by_size(kernels.per_sequence, "sequences", {"lm_head": 1.0, "sampler": 1.0}, kernels),
         **_attention_grids(attention, kernels, model),
-        **_unevenness(kernels, unsplit),
+        **_unevenness(kernels, split_below, unsplit),
     )
     return Profile(
         kind="composed",
@@ -254,7 +254,7 @@ def _fitted_prefill(prefill: _Table, kernels: KernelProfile, model: ModelSpec) -
     degree = kernels.tensor_parallel_size
     heads = {
         "num_heads": float(max(model.num_attention_heads // degree, 1)),
-        "num_key_value_heads": float(max(model.num_key_value_heads // degree, 1)),
+        "num_key_value_heads": float(_kv_heads(kernels, model)),
     }
     load = {"chunk": prefill.prefill_chunk, "prefix": prefill.kv_prefill}
     samples = plain_samples("prefill attention", "prefill_attention", load, prefill.time_us, constants=heads)
@@ -311,14 +311,14 @@ def _continued(line: FloatArray, axis: FloatArray) -> FloatArray:
     return np.where(np.isnan(line), np.maximum(straight, np.nanmin(line)), line)
 
 
-def _unevenness(kernels: KernelProfile, unsplit: _Unsplit | None) -> dict[str, Grid]:
+def _unevenness(kernels: KernelProfile, split_below: int | None, unsplit: _Unsplit | None) -> dict[str, Grid]:
     """Slopes of uneven contexts, in us per token of (longest - mean), by (decodes, spread)."""
     none = Grid([[0.0], [0.0]], [[0.0]])
     if kernels.skew is None:
         return {"unevenness_decode": none, "unevenness_mixed": none}
     skew = _Table.of(kernels.skew)
-    pure = _slopes(skew.where(skew.pc == 0)) or none
-    mixed = _slopes(skew.where(skew.pc > 0)) or none
+    pure = _slopes(skew.where(skew.pc == 0), split_below) or none
+    mixed = _slopes(skew.where(skew.pc > 0), None) or none  # with a prefill, no context is ever split
     if unsplit is not None:
         pure = _without_splits(pure, unsplit)
     return {"unevenness_decode": pure, "unevenness_mixed": mixed}
@@ -335,7 +335,8 @@ def _without_splits(slopes: Grid, unsplit: _Unsplit) -> Grid:
     return Grid([axis.tolist() for axis in slopes.axes], values)
 
 
-def _slopes(skew: _Table) -> Grid | None:
+def _slopes(skew: _Table, split_below: int | None) -> Grid | None:
+    """Median slopes by (decodes, spread); `split_below` says from how many decodes on contexts are whole."""
     excess = skew.kv_big - skew.kv_mean
     # Two groups of contexts, nb of n long: their standard deviation over (longest - mean).
     spread = np.sqrt(skew.nb / np.maximum(skew.n - skew.nb, 1))
@@ -355,7 +356,21 @@ def _slopes(skew: _Table) -> Grid | None:
                 rows.append((count, middle[index]))
                 cells.append(float(np.median(here)))
     by_count, by_spread = (np.array(values) for values in zip(*rows, strict=True))
-    return _filled([by_count, by_spread], np.array(cells))
+    found = _filled([by_count, by_spread], np.array(cells))
+    return found if split_below is None else _with_step(found, split_below)
+
+
+def _with_step(slopes: Grid, first: int) -> Grid:
+    """Slopes that jump at `first` decodes: where contexts are split, uneven ones cost next to nothing; where they are
+    whole, a batch waits for its longest. Each side takes the nearest batch size measured on it."""
+    decodes = slopes.axes[0]
+    below = decodes < first
+    if below.all() or not below.any():
+        return slopes
+    ends = {first - 1.0: slopes.values[below][-1], float(first): slopes.values[~below][0]}
+    rows = dict(zip(decodes.tolist(), slopes.values, strict=True))
+    rows = dict(sorted((ends | rows).items()))
+    return Grid([list(rows), slopes.axes[1].tolist()], np.array(list(rows.values())))
 
 
 @dataclass(frozen=True, slots=True)
@@ -366,21 +381,36 @@ class _Unsplit:
     profile_from: int
 
 
-def _unsplit_decodes(
-    kernels: KernelProfile, model: ModelSpec, gpu: GpuSpec | None, max_model_len: int | None, enforce_eager: bool
-) -> _Unsplit | None:
-    """Where FlashAttention-2 does not split, see `flash_attention.py`; None where that makes no difference.
+def _split_below(kernels: KernelProfile, model: ModelSpec) -> int | None:
+    """From how many decodes on the profile's launches of FlashAttention-2 split no context (`flash_attention.py`).
 
-    That is where the engine launches as the profile did (eager), where another kernel runs (FlashAttention-3
-    on Hopper, FlashAttention-4 or FlashInfer on B200), or where the GPU is unknown.
+    None where another kernel runs (FlashAttention-3 on Hopper, FlashAttention-4 or FlashInfer on B200), or where the
+    GPU is unknown.
     """
-    if gpu is None or enforce_eager or gpu.compute_capability[0] in (9, 10):
+    gpu = _gpu(kernels)
+    if gpu is None or gpu.compute_capability[0] in (9, 10):
         return None
-    heads = max(1, model.num_key_value_heads // kernels.tensor_parallel_size)
-    length = max_model_len or model.max_position_embeddings
-    profile_from = first_unsplit(heads, gpu.num_sms)
-    split = [count for count in range(1, profile_from) if piece_tokens(count, heads, gpu.num_sms, length) < _LONG_PIECE]
-    return _Unsplit(engine_from=max(split, default=0) + 1, profile_from=profile_from)
+    return first_unsplit(_kv_heads(kernels, model), gpu.num_sms)
+
+
+def _unsplit_decodes(
+    kernels: KernelProfile, model: ModelSpec, split_below: int | None, max_model_len: int | None
+) -> _Unsplit | None:
+    """Where an engine with CUDA graphs does not split; None where the kernel is another one."""
+    gpu = _gpu(kernels)
+    if gpu is None or split_below is None:
+        return None
+    heads, length = _kv_heads(kernels, model), max_model_len or model.max_position_embeddings
+    split = [count for count in range(1, split_below) if piece_tokens(count, heads, gpu.num_sms, length) < _LONG_PIECE]
+    return _Unsplit(engine_from=max(split, default=0) + 1, profile_from=split_below)
+
+
+def _gpu(kernels: KernelProfile) -> GpuSpec | None:
+    return gpu_spec(str(kernels.meta.get("gpu") or kernels.meta.get("hardware") or ""))
+
+
+def _kv_heads(kernels: KernelProfile, model: ModelSpec) -> int:
+    return max(1, model.num_key_value_heads // kernels.tensor_parallel_size)
 
 
 def _describe_unsplit(unsplit: _Unsplit | None) -> str:
@@ -440,7 +470,7 @@ def kernel_accuracy(kernels: KernelProfile, model: ModelSpec, *, seed: int) -> d
         for axis in axes:
             part = report([(one.samples, one.held, one.choice.name)], axis, seed=seed)
             found[f"{name}, {axis.removeprefix('num_')} held out"] = part or {"n": 0}
-    return found | _uneven_accuracy(kernels, attention, seed=seed) | _repeats(kernels, attention)
+    return found | _uneven_accuracy(kernels, model, attention, seed=seed) | _repeats(kernels, attention)
 
 
 def _held_out(coordinates: Sequence[npt.NDArray[Any]], times: FloatArray, dimension: int, seed: int) -> dict[str, Any]:
@@ -453,7 +483,7 @@ def _held_out(coordinates: Sequence[npt.NDArray[Any]], times: FloatArray, dimens
     return summarize(times[left_out], predicted, groups=coordinates[dimension][left_out], seed=seed)
 
 
-def _uneven_accuracy(kernels: KernelProfile, attention: _Table, *, seed: int) -> dict[str, Any]:
+def _uneven_accuracy(kernels: KernelProfile, model: ModelSpec, attention: _Table, *, seed: int) -> dict[str, Any]:
     """Decodes of unequal contexts: slopes fitted without whole batch sizes, or whole short contexts, in turn.
 
     What equal contexts cost comes from attention.csv, as in the composed step, so its interpolation errors count too.
@@ -465,16 +495,20 @@ def _uneven_accuracy(kernels: KernelProfile, attention: _Table, *, seed: int) ->
     pure_decode = attention.where(attention.prefill_chunk == 0)
     decode = _filled([pure_decode.n_decode, pure_decode.kv_decode], pure_decode.time_us)
     return {
-        f"uneven decode attention, {what} held out": _uneven_held_out(pure, pure.columns[name], decode, seed)
+        f"uneven decode attention, {what} held out": _uneven_held_out(
+            pure, pure.columns[name], decode, _split_below(kernels, model), seed
+        )
         for name, what in (("n", "number of decodes"), ("kvs", "context"))
     }
 
 
-def _uneven_held_out(pure: _Table, axis: npt.NDArray[Any], decode: Grid, seed: int) -> dict[str, Any]:
+def _uneven_held_out(
+    pure: _Table, axis: npt.NDArray[Any], decode: Grid, split_below: int | None, seed: int
+) -> dict[str, Any]:
     predicted = np.full(len(pure), np.nan)
     for value in np.unique(axis)[1:-1]:
         left_out = axis == value
-        slopes = _slopes(pure.where(~left_out))
+        slopes = _slopes(pure.where(~left_out), split_below)
         if slopes is None:
             continue
         rows = pure.where(left_out)
