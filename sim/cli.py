@@ -30,7 +30,7 @@ def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
         "--record",
         default="",
         metavar="TABLES",
-        help="optional tables to keep, comma-separated: steps, cache (SGLang only; default: none)",
+        help="optional tables to keep, comma-separated: steps, cache (default: none)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of a summary")
     parser.set_defaults(run=_run)
@@ -50,8 +50,6 @@ def _run(args: argparse.Namespace) -> int:
     record = _recorded_tables(args.record)
     started = time.perf_counter()
     settings = read_settings(args.engine)
-    if "record_cache" in record and settings.get("engine") != "sglang":
-        raise InputError("--record cache: cache events are recorded for SGLang only")
     simulate = _simulator(settings, args.engine)
     profile = read_profile(args.profile)
     latency = profile.latency_model()

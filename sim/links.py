@@ -6,9 +6,11 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from kvtwin.traces.errors import InputError
+
+DEFAULT_PAGE_TOKENS: Final = 64  # of the pages whose default prices `LinkTimes` has
 
 
 @dataclass(frozen=True, slots=True)

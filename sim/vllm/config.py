@@ -14,6 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
+from kvtwin.sim.links import DEFAULT_PAGE_TOKENS, LinkTimes
 from kvtwin.traces.errors import InputError
 
 
@@ -79,6 +80,16 @@ class VllmConfig:
         scheduler_reserve_full_isl: admit a request only if all its known tokens fit.
         async_scheduling: schedule the next step before the previous one's tokens are known.
         tensor_parallel_size: GPUs that share each layer.
+        kv_offloading_size: host memory for KV blocks below the GPU's, in GiB; 0 for none.
+        kv_offloading_backend: "native", vLLM's `OffloadingConnector`.
+        kv_offloading_disk_size: disk below that host memory, in GiB; 0 for none (not a vLLM option: the size of what is
+            its `fs` tier).
+        preemption_mode: what becomes of a preempted request's KV, "recompute" or "swap" (an option of V0, as is
+            swap_space; V1 recomputes).
+        swap_space: host memory for swapped requests, in GiB.
+        kv_bytes_per_token: KV of one token over all layers and GPUs; says how many blocks these sizes are (not a vLLM
+            option; the default is Llama-3.1-8B in 16 bits).
+        kv_links: what transfers take, in ns; names of `LinkTimes`, where a page is a block (not a vLLM option).
     """
 
     num_gpu_blocks: int
@@ -95,6 +106,13 @@ class VllmConfig:
     scheduler_reserve_full_isl: bool = True
     async_scheduling: bool = True
     tensor_parallel_size: int = 1
+    kv_offloading_size: float = 0.0
+    kv_offloading_backend: str = "native"
+    kv_offloading_disk_size: float = 0.0
+    preemption_mode: Literal["recompute", "swap"] = "recompute"
+    swap_space: float = 4.0
+    kv_bytes_per_token: int = 131_072
+    kv_links: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Resolve `max_model_len` = 0 and refuse what vLLM refuses at start-up.
@@ -112,6 +130,7 @@ class VllmConfig:
         _require(0 <= self.watermark < 1, "watermark", self.watermark, "0 <= watermark < 1 expected")
         known = self.watermark == 0 or self.rules.has_watermark
         _require(known, "watermark", self.watermark, f"vLLM {self.version} has no such option")
+        self._check_tiers()
         if self.max_model_len == 0:
             object.__setattr__(self, "max_model_len", self.capacity_tokens)
         _require(
@@ -127,6 +146,59 @@ class VllmConfig:
                 self.max_num_batched_tokens,
                 f"without chunked prefill at least max_model_len ({self.max_model_len}) expected",
             )
+
+    def _check_tiers(self) -> None:
+        for name in ("kv_offloading_size", "kv_offloading_disk_size", "swap_space"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "GiB >= 0 expected")
+        _require(self.kv_bytes_per_token >= 1, "kv_bytes_per_token", self.kv_bytes_per_token, "at least 1 expected")
+        _require(
+            self.kv_offloading_backend == "native", "kv_offloading_backend", self.kv_offloading_backend, "'native'"
+        )
+        modes = ("recompute", "swap")
+        _require(
+            self.preemption_mode in modes, "preemption_mode", self.preemption_mode, '"recompute" or "swap" expected'
+        )
+        if self.kv_offloading_size:
+            _require(self.enable_prefix_caching, "kv_offloading_size", self.kv_offloading_size, "needs prefix caching")
+            _require(self.num_host_blocks >= 1, "kv_offloading_size", self.kv_offloading_size, "holds no KV block")
+        if self.kv_offloading_disk_size:
+            on_host = self.kv_offloading_size > 0
+            _require(on_host, "kv_offloading_disk_size", self.kv_offloading_disk_size, "needs kv_offloading_size")
+        self.links()
+
+    def _num_blocks(self, size_gib: float) -> int:
+        return int(size_gib * 2**30 // (self.kv_bytes_per_token * self.block_size))
+
+    @property
+    def num_host_blocks(self) -> int:
+        """Blocks that `kv_offloading_size` holds."""
+        return self._num_blocks(self.kv_offloading_size)
+
+    @property
+    def num_disk_blocks(self) -> int:
+        """Blocks that `kv_offloading_disk_size` holds."""
+        return self._num_blocks(self.kv_offloading_disk_size)
+
+    @property
+    def num_swap_blocks(self) -> int:
+        """Blocks that `swap_space` holds."""
+        return self._num_blocks(self.swap_space)
+
+    @property
+    def swaps(self) -> bool:
+        """Whether preempted requests are swapped out."""
+        return self.preemption_mode == "swap"
+
+    def links(self) -> LinkTimes:
+        """What transfers take; the default disk is `LinkTimes`', for blocks of this size.
+
+        Raises:
+            InputError: an unknown name, or a time that is no finite number >= 0.
+        """
+        default = LinkTimes()
+        scale = self.block_size / DEFAULT_PAGE_TOKENS
+        pages = {name: getattr(default, name) * scale for name in ("read_per_page", "write_per_page")}
+        return LinkTimes.of({**pages, **self.kv_links})
 
     @property
     def capacity_tokens(self) -> int:
@@ -209,7 +281,9 @@ def _typed(name: str, value: Any, kind: str, where: str | PathLike[str]) -> Any:
         return value
     if kind == "bool" and isinstance(value, bool):
         return value
-    if kind not in ("int", "float", "bool") and isinstance(value, str):
+    if kind.startswith("Mapping") and isinstance(value, dict):
+        return value
+    if not kind.startswith(("int", "float", "bool", "Mapping")) and isinstance(value, str):
         return value
     raise InputError(f"{name} is {value!r}: {kind} expected", path=where)
 

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pyarrow as pa
 
 from kvtwin.sim.latency.base import LatencyModel
 from kvtwin.sim.latency.host import HostTime
 from kvtwin.sim.latency.pricing import VectorPricer, pricer_for
+from kvtwin.sim.links import Link
 from kvtwin.sim.progress import Progress
 from kvtwin.sim.vllm import handover
 from kvtwin.sim.vllm.array_pool import ArrayPool
 from kvtwin.sim.vllm.block_pool import BlockPool, Pool
 from kvtwin.sim.vllm.block_tables import CountedBlocks, PooledBlocks
+from kvtwin.sim.vllm.cache_log import CacheLog, LoggedPool
 from kvtwin.sim.vllm.config import VllmConfig
 from kvtwin.sim.vllm.counted_pool import CountedPool
 from kvtwin.sim.vllm.jump import JumpLoop
+from kvtwin.sim.vllm.offload import OffloadTiers
 from kvtwin.sim.vllm.plain import PlainLoop
 from kvtwin.sim.vllm.recorder import UNKNOWN, RequestTimes, StepLog
 from kvtwin.sim.vllm.request import IntArray, RequestBook
 from kvtwin.sim.vllm.scheduler import VllmScheduler
+from kvtwin.sim.vllm.swap import SwapSpace
 
 _LEAST_PLAIN_TURNS = 4  # a handover costs about as much
 
@@ -31,7 +37,9 @@ class Engine:
         latency: how long the model runs for a batch.
         host: time between steps.
         record_steps: keep a row per step.
-        plain: take every step by itself: the specification; the result is the same, bit for bit.
+        record_cache: keep a row per event of the KV levels; every step is taken by itself then.
+        plain: take every step by itself: the specification; the result is the same, bit for bit. With KV tiers there
+            is no other way yet: nearly every step sends blocks to the host.
     """
 
     def __init__(
@@ -41,15 +49,19 @@ class Engine:
         host: HostTime | None = None,
         *,
         record_steps: bool = True,
+        record_cache: bool = False,
         plain: bool = False,
     ) -> None:
-        self._config, self._host, self._is_plain = config, host or HostTime(), plain
+        self._config, self._host = config, host or HostTime()
+        self._is_plain = plain or record_cache or config.kv_offloading_size > 0
         self._pricer = VectorPricer(latency) if plain else pricer_for(latency)
+        self._cache_log = CacheLog(config.block_size) if record_cache else None
         self._record_steps = record_steps
         self._log = StepLog()
         self._progress: Progress | None = None
         self.num_steps = 0
         self.pool: Pool = CountedPool(config.num_gpu_blocks)
+        self.offload: OffloadTiers | None = None
 
     def run(self, requests: RequestBook, progress: Progress | None = None) -> RequestTimes:
         """Serve `requests` to the last token.
@@ -84,9 +96,20 @@ class Engine:
         assert self._record_steps, "steps were not recorded"
         return self._log.table(rows)
 
+    def cache(self, times: RequestTimes, requests: RequestBook, rows: IntArray) -> pa.Table:
+        """The `cache` table of what was run. Only with `record_cache`.
+
+        Args:
+            times, requests: of the run.
+            rows: where each request stands in the workload's table.
+        """
+        assert self._cache_log is not None, "cache events were not recorded"
+        return self._cache_log.table(times, requests.num_prompt_tokens, rows)
+
     def _run_plain(self, requests: RequestBook) -> RequestTimes:
         config = self._config
-        self.pool = BlockPool(
+        make_pool = BlockPool if self._cache_log is None else partial(LoggedPool, self._cache_log)
+        self.pool = make_pool(
             config.num_gpu_blocks,
             enable_prefix_caching=config.enable_prefix_caching,
             reuse_uncached_first=config.rules.reuse_uncached_first,
@@ -134,7 +157,7 @@ class Engine:
             self._host,
             times,
             log,
-            may_preempt=may_preempt,
+            may_preempt=may_preempt and not self._config.swaps,
             progress=self._progress,
         )
         cuts_prompts = self._config.long_prefill_token_threshold > 0
@@ -157,6 +180,24 @@ class Engine:
             handover.to_jump(plain, jump, blocks)
 
     def _plain_loop(self, requests: RequestBook, pool: Pool, times: RequestTimes) -> PlainLoop:
+        config, cache_log = self._config, self._cache_log
         log = self._log if self._record_steps else None
-        scheduler = VllmScheduler(self._config, requests, pool)
-        return PlainLoop(self._config, requests, scheduler, self._pricer, self._host, times, log, self._progress)
+        links = config.links()
+        d2h, h2d = Link(links.d2h_base, links.d2h_per_token), Link(links.h2d_base, links.h2d_per_token)
+        if config.kv_offloading_size:
+            sizes = (config.num_host_blocks, config.num_disk_blocks, config.block_size)
+            self.offload = OffloadTiers(*sizes, links, d2h, h2d, pool, times, cache_log)
+        swap = SwapSpace(config.num_swap_blocks, config.block_size, d2h, h2d, cache_log) if config.swaps else None
+        scheduler = VllmScheduler(config, requests, pool, self.offload, swap)
+        return PlainLoop(
+            config,
+            requests,
+            scheduler,
+            self._pricer,
+            self._host,
+            times,
+            log,
+            self._progress,
+            self.offload,
+            cache_log,
+        )

@@ -78,6 +78,8 @@ def is_calm(plain: PlainLoop, requests: RequestBook, *, cuts_prompts: bool) -> b
     """Whether the event loop can go on: all running requests decode, but for the last one, which may have a prompt."""
     scheduler, in_flight = plain.scheduler, plain.in_flight
     running = scheduler.running
+    if scheduler.swapped:
+        return False
     if not running:
         return not in_flight
     if len(running) >= scheduler.config.max_num_batched_tokens or len(in_flight) != plain.depth - 1:

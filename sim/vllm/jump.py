@@ -236,7 +236,7 @@ class JumpLoop(Running):
         blocks, _ = self._blocks.unload(row, num_computed, num_known)
         self._pool.free(blocks)
         request.put_back(request.max_tokens - num_left)
-        self._times.num_preemptions[row] += 1
+        self._times.note_preempted(row, self.now_ns)
         self._waiting.appendleft(row)
         self.num_running -= 1
         self._head_blocked = False
@@ -280,6 +280,8 @@ class JumpLoop(Running):
             if times.scheduled[row] == UNKNOWN:
                 times.scheduled[row] = self.now_ns
                 times.cached[row] = cached
+            else:
+                times.note_back(row, self.now_ns)
 
     def _launch(self, chunks: list[Chunk]) -> Batch:
         """Price the step and give it its place on the device."""

@@ -62,6 +62,25 @@ class KVCacheManager:
         """Whether a running request can be given `num_new_tokens` more."""
         return self._num_missing(request, num_new_tokens) <= self.pool.num_free
 
+    def can_resume(self, request: Request, num_new_tokens: int, *, whole_sequence: bool, watermark: bool) -> bool:
+        """`can_admit` for a waiting or swapped request whose computed tokens need no lookup."""
+        num_tokens = request.num_computed_tokens + num_new_tokens
+        if whole_sequence:
+            num_tokens = max(num_tokens, request.num_tokens)
+        num_tokens = min(num_tokens, self._max_model_len)
+        needed = ceil_div(num_tokens, self._block_size) - len(request.blocks)
+        return needed + (self._watermark_blocks if watermark else 0) <= self.pool.num_free
+
+    def reserve(self, request: Request, num_blocks: int) -> None:
+        """Allocate blocks whose content is loaded from a lower level; `loaded` enters them into the cache."""
+        request.blocks = np.concatenate((request.blocks, self.pool.allocate(num_blocks)))
+        request.num_computed_tokens += num_blocks * self._block_size
+
+    def loaded(self, request: Request) -> None:
+        """The content is there. At least one token is left to compute (`_update_waiting_for_remote_kv`)."""
+        request.num_computed_tokens = min(request.num_computed_tokens, request.num_tokens - 1)
+        self._cache(request, request.num_computed_tokens)
+
     def admit(self, request: Request, hits: IntArray) -> None:
         """Give a waiting request the blocks it hit."""
         self.pool.touch(hits)

@@ -13,7 +13,9 @@ from kvtwin.sim.latency.host import HostTime
 from kvtwin.sim.latency.pricing import Pricer
 from kvtwin.sim.latency.stats import batch_row
 from kvtwin.sim.progress import Progress
+from kvtwin.sim.vllm.cache_log import CacheLog
 from kvtwin.sim.vllm.config import VllmConfig
+from kvtwin.sim.vllm.offload import OffloadTiers
 from kvtwin.sim.vllm.plan import StepPlan
 from kvtwin.sim.vllm.recorder import RequestTimes, StepLog, StepRows
 from kvtwin.sim.vllm.request import RequestBook
@@ -60,6 +62,8 @@ class PlainLoop:
         times: where the requests' time stamps go.
         log: where the steps go; None to keep none.
         progress: told how many requests have finished, whenever some have.
+        offload: the levels below the pool, if there are any.
+        cache_log: where their events go; None to keep none.
     """
 
     def __init__(
@@ -72,8 +76,10 @@ class PlainLoop:
         times: RequestTimes,
         log: StepLog | None,
         progress: Progress | None,
+        offload: OffloadTiers | None = None,
+        cache_log: CacheLog | None = None,
     ) -> None:
-        self._progress = progress
+        self._progress, self._offload, self._cache_log = progress, offload, cache_log
         self._config, self._requests, self._times, self._log = config, requests, times, log
         self._pricer, self._host = pricer, host
         self.depth = 2 if config.async_scheduling else 1
@@ -110,16 +116,22 @@ class PlainLoop:
             clock.num_arrived += 1
 
     def _schedule(self) -> InFlight:
-        plan, clock = self.scheduler.schedule(), self.clock
+        clock = self.clock
         sched_ns = clock.now_ns
+        self._tell_time()
+        plan = self.scheduler.schedule()
         self._times.note_plan(plan, sched_ns)
         if plan.is_empty:  # takes no time; it still has its place in the queue of batches
+            if plan.preempted:
+                clock.device_free_ns = self.scheduler.device_ready_ns(max(sched_ns, clock.device_free_ns))
             return InFlight(plan, sched_ns, sched_ns, sched_ns)
         duration_ns = self._pricer.step_ns(batch_row(plan.cache_lens, plan.input_lens), clock.num_steps)
         clock.now_ns += self._host.schedule(len(plan.requests))
-        start_ns = max(clock.now_ns, clock.device_free_ns)
+        start_ns = self.scheduler.device_ready_ns(max(clock.now_ns, clock.device_free_ns))
         clock.device_free_ns = start_ns + duration_ns + self._host.gap_ns
         clock.num_steps += 1
+        if self._offload is not None:
+            self._offload.store(plan.requests, start_ns + duration_ns)
         return InFlight(plan, sched_ns, start_ns, start_ns + duration_ns)
 
     def _update(self, batch: InFlight) -> None:
@@ -129,6 +141,7 @@ class PlainLoop:
         if plan.is_empty:
             return
         clock.now_ns = max(clock.now_ns, batch.end_ns) + self._host.update(len(plan.requests))
+        self._tell_time()
         finished = self.scheduler.update(plan)
         self._times.note_tokens(plan, finished, clock.now_ns)
         if finished and self._progress is not None:
@@ -149,6 +162,12 @@ class PlainLoop:
                 )
             )
 
+    def _tell_time(self) -> None:
+        if self._cache_log is not None:
+            self._cache_log.now_ns = self.clock.now_ns
+        if self._offload is not None:
+            self._offload.advance(self.clock.now_ns)
+
     def _refuse_livelock(self, plan: StepPlan) -> None:
         """vLLM can preempt the same requests over and over, each time before one of them has a new token: with the
         priority policy and equal (priority, arrival), the victim is the first of the running list."""
@@ -162,9 +181,17 @@ class PlainLoop:
     def _wait(self) -> bool:
         """Nothing can run: move the clock to the next arrival; False when everything is done."""
         clock, scheduler = self.clock, self.scheduler
+        transfer_ns = self._offload.next_ns() if self._offload is not None and scheduler.has_unfinished else None
+        if transfer_ns is not None:
+            arrivals_ns = self._requests.arrival_ns[clock.num_arrived : clock.num_arrived + 1]
+            clock.now_ns = max(clock.now_ns, min([transfer_ns, *arrivals_ns]))
+            self._fruitless = 0
+            return True
         if clock.num_arrived == len(self._requests):
             if scheduler.has_unfinished:
                 raise KvtwinError("waiting requests can never be scheduled: the KV cache is too small for them")
+            if self._offload is not None:
+                self._offload.drain()
             return False
         if not scheduler.has_requests or scheduler.has_unfinished:
             clock.now_ns = max(clock.now_ns, self._requests.arrival_ns[clock.num_arrived])

@@ -11,35 +11,57 @@ import numpy as np
 import pyarrow as pa
 
 from kvtwin.sim.vllm.plan import StepPlan
-from kvtwin.sim.vllm.request import IntArray, Request
+from kvtwin.sim.vllm.request import IntArray, Request, Status
 from kvtwin.traces.schema import REQUESTS, STEPS
 
 # Columns of the workload's recording that say nothing of this run.
-_NOT_SIMULATED: Final = (
-    "client_first_token_ns", "client_finish_ns", "cached_host_tokens", "cached_storage_tokens",
-    "waiting_ns", "prefetch_ns", "running_ns", "swapped_ns",
-)  # fmt: skip
+_NOT_SIMULATED: Final = ("client_first_token_ns", "client_finish_ns")
 
 UNKNOWN = -1  # a request's time stamp that has not been set
 
 
 class RequestTimes:
-    """Time stamps and counts of each request, by row, for the `requests` table."""
+    """Time stamps and counts of each request, by row, for the `requests` table.
+
+    A request runs from its first admission to its end, but for the time that preemptions keep it away; so only
+    preemptions need to be followed.
+    """
 
     def __init__(self, num_requests: int) -> None:
         self.queued, self.scheduled, self.first_token, self.finish, self.cached = (
             array("q", [UNKNOWN]) * num_requests for _ in range(5)
         )
-        self.num_preemptions = array("q", [0]) * num_requests
+        self.num_preemptions, self.cached_host, self.cached_storage, self.prefetch = (
+            array("q", bytes(8 * num_requests)) for _ in range(4)
+        )
+        self._away, self._swapped = (array("q", bytes(8 * num_requests)) for _ in range(2))
+        self._left: dict[int, tuple[int, array[int]]] = {}  # preempted rows: when, and where the time goes
 
     def note_plan(self, plan: StepPlan, sched_ns: int) -> None:
         """A schedule() call: note who is admitted for the first time, and who is preempted."""
         for request in plan.preempted:
-            self.num_preemptions[request.row] += 1
+            self.note_preempted(request.row, sched_ns, swapped=request.status is Status.SWAPPED)
         for request, cache_len in zip(plan.requests, plan.cache_lens, strict=True):
+            if self._left and request.row in self._left:
+                self.note_back(request.row, sched_ns)
             if self.scheduled[request.row] == UNKNOWN:
                 self.scheduled[request.row] = sched_ns
                 self.cached[request.row] = cache_len
+
+    def note_preempted(self, row: int, now_ns: int, *, swapped: bool = False) -> None:
+        """A running request goes back to Waiting, or to Swapped."""
+        self.num_preemptions[row] += 1
+        self._left[row] = (now_ns, self._swapped if swapped else self._away)
+
+    def note_back(self, row: int, now_ns: int) -> None:
+        """A preempted request runs again, or has finished with the token that was in flight."""
+        left_ns, spent_ns = self._left.pop(row)
+        spent_ns[row] += now_ns - left_ns
+
+    def note_load(self, row: int, host_tokens: int, storage_tokens: int) -> None:
+        """What a waiting request fetches from lower levels; its first admission's counts."""
+        if self.scheduled[row] == UNKNOWN:
+            self.cached_host[row], self.cached_storage[row] = host_tokens, storage_tokens
 
     def note_tokens(self, plan: StepPlan, finished: Iterable[Request], now_ns: int) -> None:
         """A step's tokens are known: note first tokens and finishes."""
@@ -48,6 +70,8 @@ class RequestTimes:
                 self.first_token[request.row] = now_ns
         for request in finished:
             self.finish[request.row] = now_ns
+            if self._left and request.row in self._left:
+                self.note_back(request.row, now_ns)
 
     def table(self, workload: pa.Table, rows: IntArray) -> pa.Table:
         """The workload's `requests` table with the simulated columns filled in.
@@ -69,9 +93,28 @@ class RequestTimes:
             columns[name] = pa.array(column, mask=column == UNKNOWN)
         for name in _NOT_SIMULATED:
             columns[name] = pa.nulls(workload.num_rows, pa.int64())
-        columns["num_preemptions"] = pa.array(_as_numpy(self.num_preemptions)[place])
+        unserved = _as_numpy(self.finish) == UNKNOWN
+        for name, column in self._residency_ns().items():
+            columns[name] = pa.array(column[place], mask=unserved[place])
+        for name, counts in (
+            ("num_preemptions", self.num_preemptions),
+            ("cached_host_tokens", self.cached_host),
+            ("cached_storage_tokens", self.cached_storage),
+        ):
+            columns[name] = pa.array(_as_numpy(counts)[place])
         columns["instance"] = pa.array(np.zeros(workload.num_rows, np.int32))
         return pa.table(columns, schema=REQUESTS)
+
+    def _residency_ns(self) -> dict[str, IntArray]:
+        """Time in each of the four queues, by column; they add up to finish - queued."""
+        away, swapped, prefetch = (_as_numpy(values) for values in (self._away, self._swapped, self.prefetch))
+        queued, scheduled, finish = (_as_numpy(values) for values in (self.queued, self.scheduled, self.finish))
+        return {
+            "waiting_ns": scheduled - queued + away - prefetch,
+            "prefetch_ns": prefetch,
+            "running_ns": finish - scheduled - away - swapped,
+            "swapped_ns": swapped,
+        }
 
 
 def _as_numpy(values: array[int]) -> IntArray:

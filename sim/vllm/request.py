@@ -17,10 +17,13 @@ class Status(Enum):
     """Where a request is. Legal moves: WAITING -> RUNNING -> FINISHED, RUNNING -> WAITING (preempted).
 
     Under asynchronous scheduling a preempted request may also finish from WAITING: its last token was in
-    flight when it lost its blocks.
+    flight when it lost its blocks. With swap-based preemption the same goes by SWAPPED. With KV tiers a waiting
+    request may be FETCHING (`WAITING_FOR_REMOTE_KVS`): it has its GPU blocks, and their content is on its way.
     """
 
     WAITING = auto()
+    FETCHING = auto()
+    SWAPPED = auto()
     RUNNING = auto()
     FINISHED = auto()
 

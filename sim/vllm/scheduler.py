@@ -4,7 +4,10 @@ Follows `vllm/v1/core/sched/scheduler.py` (`Scheduler.schedule`, `_preempt_reque
 and `async_scheduler.py` (`AsyncScheduler`). There is no prefill phase and no decode phase: each request
 has computed tokens and known tokens, and every step lets the first catch up with the second.
 
-Not modelled, because no supported setting reaches it: speculative decoding, encoders, LoRA limits, KV
+With KV tiers, a waiting request may first fetch blocks from the host (`WAITING_FOR_REMOTE_KVS`, `offload.py`); with
+swap-based preemption, V0's rule (0.5 `core/scheduler.py`): who is swapped out comes back before anybody is admitted.
+
+Not modelled, because no supported setting reaches it: speculative decoding, encoders, LoRA limits, other KV
 connectors, structured output.
 """
 
@@ -15,9 +18,11 @@ from dataclasses import dataclass, field
 from kvtwin.sim.vllm.block_pool import IntArray, Pool
 from kvtwin.sim.vllm.config import VllmConfig
 from kvtwin.sim.vllm.kv_manager import KVCacheManager
+from kvtwin.sim.vllm.offload import OffloadTiers
 from kvtwin.sim.vllm.plan import StepPlan
 from kvtwin.sim.vllm.queues import waiting_queue
 from kvtwin.sim.vllm.request import Request, RequestBook, Status
+from kvtwin.sim.vllm.swap import SwapSpace
 
 
 @dataclass(slots=True)
@@ -51,9 +56,18 @@ class VllmScheduler:
         config: the engine's settings; `config.rules` holds what differs between versions.
         requests: what the rows stand for.
         pool: the KV blocks.
+        offload: the levels below them, if there are any.
+        swap: where preempted requests go, if they are swapped out.
     """
 
-    def __init__(self, config: VllmConfig, requests: RequestBook, pool: Pool) -> None:
+    def __init__(
+        self,
+        config: VllmConfig,
+        requests: RequestBook,
+        pool: Pool,
+        offload: OffloadTiers | None = None,
+        swap: SwapSpace | None = None,
+    ) -> None:
         self.config, self._rules, self._requests = config, config.rules, requests
         self.kv = KVCacheManager(
             pool,
@@ -63,13 +77,16 @@ class VllmScheduler:
         )
         self.waiting = waiting_queue(config, requests)
         self.running: list[Request] = []
+        self.swapped: list[Request] = []
+        self._offload, self._swap = offload, swap
+        self._blocks_stored_ns = 0  # when the stores of preempted requests have ended
         # vLLM makes one more call after a request finishes, to pass its id on to the workers.
         self._finished_ids_to_flush = False
 
     @property
     def has_unfinished(self) -> bool:
         """Whether any request waits or runs."""
-        return bool(self.running) or len(self.waiting) > 0
+        return bool(self.running) or len(self.waiting) > 0 or bool(self.swapped)
 
     @property
     def has_requests(self) -> bool:
@@ -82,14 +99,16 @@ class VllmScheduler:
         call = _Call(self.config.max_num_batched_tokens, self._long_prefill_threshold())
         self._schedule_running(call)
         if not call.preempted:
-            self._schedule_waiting(call)
+            self._schedule_swapped(call)
+            if not self.swapped:
+                self._schedule_waiting(call)
         plan = self._plan(call, num_evicted)
         self._finished_ids_to_flush = False
         return plan
 
     def _long_prefill_threshold(self) -> int:
         # 0.32: a request that is alone starves nobody, so it may use the whole budget.
-        alone = len(self.running) + len(self.waiting) <= 1
+        alone = len(self.running) + len(self.waiting) + len(self.swapped) <= 1
         exempt = alone and self._rules.lone_request_ignores_long_prefill_threshold
         return 0 if exempt else self.config.long_prefill_token_threshold
 
@@ -130,39 +149,125 @@ class VllmScheduler:
             was_scheduled = call.take_back(victim)
             stood_before = place < index if self._rules.victim_place_moves_index else was_scheduled
             index -= stood_before
+        if self._offload is not None:  # its blocks are written again only when they have been copied
+            self._blocks_stored_ns = max(self._blocks_stored_ns, self._offload.stores_end_ns(victim))
+        call.preempted.append(victim)
         self.kv.free(victim)
+        if self._swap is not None and self._swap.take(victim):
+            victim.status = Status.SWAPPED
+            self.swapped.append(victim)
+            return victim, index
         victim.status = Status.WAITING
         victim.num_computed_tokens = 0
         if self._rules.hold_back_stale_output:
             victim.num_stale_output_tokens = victim.num_in_flight_tokens
             victim.num_output_placeholders = 0
         self.waiting.appendleft(victim.row)
-        call.preempted.append(victim)
         return victim, index
+
+    def device_ready_ns(self, start_ns: int) -> int:
+        """When the device may run what was scheduled last, which would be at `start_ns`: copies that free the blocks
+        it writes, or fill those it reads, run before it."""
+        start_ns, self._blocks_stored_ns = max(start_ns, self._blocks_stored_ns), 0
+        return start_ns if self._swap is None else self._swap.copy(start_ns)
+
+    def _schedule_swapped(self, call: _Call) -> None:
+        """Swap requests in, by priority and arrival, as long as they fit (V0 `_schedule_swapped`)."""
+        if self.config.policy == "fcfs":
+            self.swapped.sort(key=lambda request: request.row)
+        else:
+            self.swapped.sort(key=lambda request: (request.priority, request.row))
+        for request in list(self.swapped):
+            if call.budget <= 0 or len(self.running) >= self.config.max_num_seqs:
+                return
+            num_new_tokens = self._num_running_tokens(request, call)
+            if num_new_tokens == 0:  # its last token is in flight
+                continue
+            if not self.kv.can_resume(request, num_new_tokens, whole_sequence=True, watermark=bool(self.running)):
+                return
+            assert self._swap is not None
+            self._swap.give_back(request)
+            self.swapped.remove(request)
+            self._run(request, num_new_tokens, call)
+
+    def _run(self, request: Request, num_new_tokens: int, call: _Call) -> None:
+        self.kv.grow(request, num_new_tokens)
+        request.status = Status.RUNNING
+        self.running.append(request)
+        call.take(request, num_new_tokens)
 
     def _schedule_waiting(self, call: _Call) -> None:
         passed_over: list[int] = []
         while self.waiting and call.budget > 0 and len(self.running) < self.config.max_num_seqs:
             request = self._requests[self.waiting[0]]
-            if request.num_stale_output_tokens:
+            fetches = self._offload is not None and self._fetches(request, self._offload)
+            if request.num_stale_output_tokens or fetches:
                 # Its token from before the preemption is still to come: resuming now could sample it twice.
                 passed_over.append(self.waiting.popleft())
                 continue
             admission = self._admission(request, call)
             if admission is None:
+                if self._offload is not None and not self.running and self._release_holder(request, self._offload):
+                    continue
                 break
             num_new_tokens, hits = admission
             self.waiting.popleft()
-            self.kv.admit(request, hits)
-            self.kv.grow(request, num_new_tokens)
-            request.status = Status.RUNNING
-            self.running.append(request)
-            call.take(request, num_new_tokens)
+            if not request.num_computed_tokens:
+                self.kv.admit(request, hits)
+            self._run(request, num_new_tokens, call)
+            if self._offload is not None:
+                self._offload.admitted(request)
         for row in reversed(passed_over):
             self.waiting.appendleft(row)
 
+    def _fetches(self, request: Request, offload: OffloadTiers) -> bool:
+        """Whether a waiting request waits for blocks of a lower level; it asks for them if it has not."""
+        if request.num_stale_output_tokens or offload.is_fetching(request):
+            return True
+        if request.status is Status.FETCHING:
+            self.kv.loaded(request)
+            request.status = Status.WAITING
+        if request.num_computed_tokens:
+            return False
+        hits = self.kv.computed_blocks(request)
+        num_blocks = offload.lookup(request, len(hits))
+        if num_blocks is None:
+            return True
+        if not num_blocks or not self._can_admit(request, num_blocks * self.config.block_size, hits):
+            return False
+        offload.start_load(request, len(hits), num_blocks)
+        self.kv.admit(request, hits)
+        self.kv.reserve(request, num_blocks)
+        request.status = Status.FETCHING
+        return True
+
+    def _release_holder(self, request: Request, offload: OffloadTiers) -> bool:
+        """Nobody runs and `request` does not fit: take the fetched blocks from whoever came last and waits with some."""
+        holders = [
+            other
+            for other in self._requests.started.values()
+            if len(other.blocks) and other is not request and not offload.is_fetching(other)
+        ]
+        if not holders:
+            return False
+        holder = max(holders, key=lambda other: other.row)
+        self.kv.free(holder)
+        holder.status, holder.num_computed_tokens = Status.WAITING, 0
+        offload.released(holder)
+        return True
+
     def _admission(self, request: Request, call: _Call) -> tuple[int, IntArray] | None:
         """New tokens and prefix hits with which a waiting request would be admitted now; None if it does not fit."""
+        if request.num_computed_tokens:  # it has fetched them
+            num_new_tokens = call.cut(request.num_tokens - request.num_computed_tokens)
+            if num_new_tokens > call.budget and not self.config.enable_chunked_prefill:
+                return None
+            num_new_tokens = min(num_new_tokens, call.budget)
+            whole_sequence = self.config.scheduler_reserve_full_isl
+            fits = self.kv.can_resume(
+                request, num_new_tokens, whole_sequence=whole_sequence, watermark=bool(self.running)
+            )
+            return (num_new_tokens, request.blocks) if fits else None
         hits = self.kv.computed_blocks(request)
         num_new_tokens = call.cut(request.num_tokens - len(hits) * self.config.block_size)
         if num_new_tokens > call.budget and not self.config.enable_chunked_prefill:
@@ -230,7 +335,8 @@ class VllmScheduler:
         at_limit = request.num_tokens >= self.config.max_model_len
         if request.num_output_tokens < request.max_tokens and not at_limit:
             return False
-        self.kv.free(request)
+        if self._offload is None or not self._offload.finished(request):
+            self.kv.free(request)
         return True
 
     def _retire(self, finished: list[Request]) -> None:
@@ -239,6 +345,9 @@ class VllmScheduler:
         for request in finished:
             if request.status is Status.WAITING:  # preempted with its last token in flight
                 self.waiting.remove(request.row)
+            elif request.status is Status.SWAPPED and self._swap is not None:
+                self._swap.drop(request)
+                self.swapped.remove(request)
             request.status = Status.FINISHED
             self._requests.drop(request.row)
         self.running = [request for request in self.running if request.status is Status.RUNNING]

@@ -32,6 +32,7 @@ def simulate(
     host: HostTime | None = None,
     *,
     record_steps: bool = True,
+    record_cache: bool = False,
     plain: bool = False,
     source: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
@@ -44,6 +45,7 @@ def simulate(
         latency: how long the model runs for a batch.
         host: time between steps, before the queue and on the way back to the client.
         record_steps: keep the `steps` table.
+        record_cache: keep the `cache` table (no event path then, the result is the same).
         plain: take every step by itself (the specification; the result is the same).
         source: provenance to note in the result.
         progress: told how many requests have finished, whenever some have.
@@ -56,12 +58,14 @@ def simulate(
     arrival_ns, order = order_at_the_engine(workload.requests, host)
     requests = build_requests(workload, config, arrival_ns, order)
     prepared = time.perf_counter()
-    engine = Engine(config, latency, host, record_steps=record_steps, plain=plain)
+    engine = Engine(config, latency, host, record_steps=record_steps, record_cache=record_cache, plain=plain)
     times = engine.run(requests, progress)
     tables = {"requests": at_the_client(times.table(workload.requests, order), host)}
     core_s = time.perf_counter() - prepared
     if record_steps:
         tables["steps"] = engine.steps(order)
+    if record_cache:
+        tables["cache"] = engine.cache(times, requests, order)
     info = RunInfo(
         kind="simulated",
         engine=f"vllm {config.version} (rules of {rules_version(config.version)})",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -65,3 +66,19 @@ def workloads(draw: st.DrawFn, max_model_len: int) -> Run:
         del columns["block_hashes"]
     table = from_columns("requests", columns, "a random workload")
     return Run(RunInfo("workload", hash_block_tokens=HASH_BLOCK_TOKENS if shared else None), {"requests": table})
+
+
+@st.composite
+def tiered(draw: st.DrawFn, config: VllmConfig) -> VllmConfig:
+    """The same engine with small levels below its pool, slow and quick links, or swapping; at least one of them."""
+    offloads, swaps = draw(st.sampled_from([(True, False), (False, True), (True, True)]))
+    block_gib = config.block_size / 2**30  # with a byte per token
+    links = {"h2d_per_token": draw(st.sampled_from([0, 10_000, 500_000])), "read_per_page": 2_000_000}
+    settings: dict[str, Any] = {"kv_bytes_per_token": 1, "kv_links": links}
+    if offloads:
+        settings["kv_offloading_size"] = draw(st.integers(1, 40)) * block_gib
+        settings["kv_offloading_disk_size"] = draw(st.sampled_from([0, 0, 5, 100])) * block_gib
+        settings["enable_prefix_caching"] = True
+    if swaps:
+        settings |= {"preemption_mode": "swap", "swap_space": draw(st.sampled_from([0, 4, 1000])) * block_gib}
+    return dataclasses.replace(config, **settings)

@@ -1,0 +1,305 @@
+"""KV blocks below the GPU's pool: host memory, and a disk under it.
+
+Follows vLLM's `OffloadingConnector` (`kv_connector/v1/offloading_connector.py`: `get_num_new_matched_tokens`,
+`_get_reqs_to_store`, `request_finished`) with `kv_offload/lru_manager.py` (`LRUOffloadingManager`), and for the disk
+`kv_offload/tiering/manager.py` (what is stored on the host goes on to the disk; what is only there is brought to the
+host first, and the request asks again later).
+
+Ours, because the connector's worker decides it by CUDA events: a store is sent when the step that fills its blocks has
+run, and a load when its request is scheduled; each is seen by the first schedule() call after it has ended. A request
+brings blocks from the disk once per admission, so that a small host cannot make it do so for ever. The disk is bounded,
+LRU; vLLM's is not.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from heapq import heappop, heappush
+from itertools import takewhile
+
+from kvtwin.sim.links import Link, LinkTimes
+from kvtwin.sim.vllm.block_pool import IntArray, Pool
+from kvtwin.sim.vllm.cache_log import HBM, HOST, STORAGE, CacheLog
+from kvtwin.sim.vllm.recorder import RequestTimes
+from kvtwin.sim.vllm.request import Request
+
+
+@dataclass(slots=True)
+class _Held:
+    """A block of a level: whether its content is there, and how many transfers read it."""
+
+    is_ready: bool = False
+    num_readers: int = 0
+
+
+class Level:
+    """Blocks by key, least recently used first (`LRUOffloadingManager`).
+
+    Args:
+        num_blocks: what it holds.
+        on_evict: told of each key that is dropped.
+    """
+
+    def __init__(self, num_blocks: int, on_evict: Callable[[int], None]) -> None:
+        self.num_blocks, self._on_evict = num_blocks, on_evict
+        self._held: OrderedDict[int, _Held] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __contains__(self, key: int) -> bool:
+        return key in self._held
+
+    def is_ready(self, key: int) -> bool:
+        """Whether the block can be read."""
+        held = self._held.get(key)
+        return held is not None and held.is_ready
+
+    def touch(self, keys: Iterable[int]) -> None:
+        """They are wanted: a prefix's first block is the last to go."""
+        for key in reversed(list(keys)):
+            if key in self._held:
+                self._held.move_to_end(key)
+
+    def prepare_store(self, keys: Iterable[int]) -> list[int] | None:
+        """Make room for those that are not there; returns these, or None where blocks in use leave too little room."""
+        wanted = [key for key in dict.fromkeys(keys) if key not in self._held]
+        short = len(wanted) - (self.num_blocks - len(self._held))
+        victims: list[int] = []
+        for key, held in self._held.items():
+            if len(victims) >= short:
+                break
+            if held.is_ready and not held.num_readers:
+                victims.append(key)
+        if len(victims) < short:
+            return None
+        for key in victims:
+            del self._held[key]
+            self._on_evict(key)
+        self._held.update((key, _Held()) for key in wanted)
+        return wanted
+
+    def complete_store(self, keys: Iterable[int]) -> None:
+        """Their content is there."""
+        for key in keys:
+            self._held[key].is_ready = True
+
+    def read(self, keys: Iterable[int]) -> None:
+        """A transfer reads them: they stay until `read_done`."""
+        for key in keys:
+            self._held[key].num_readers += 1
+
+    def read_done(self, keys: Iterable[int]) -> None:
+        """The transfer has ended."""
+        for key in keys:
+            self._held[key].num_readers -= 1
+
+    def check_invariants(self) -> None:
+        """INV-TIER: never more than it holds, no reader of what is not there."""
+        assert len(self._held) <= self.num_blocks
+        assert all(held.num_readers == 0 or (held.is_ready and held.num_readers > 0) for held in self._held.values())
+
+
+class OffloadTiers:
+    """Host and disk, and the transfers between them and the GPU.
+
+    Args:
+        num_host_blocks, num_disk_blocks: what they hold; 0 for no disk.
+        block_size: tokens per block.
+        links: what transfers take; a page is a block.
+        d2h, h2d: the links between device and host.
+        pool: the GPU's blocks; those of a finished request are freed when its stores have ended.
+        times: told of the requests' hits and waiting for transfers.
+        log: told of every block that moves.
+
+    Attributes:
+        host, disk: what they hold.
+    """
+
+    def __init__(
+        self,
+        num_host_blocks: int,
+        num_disk_blocks: int,
+        block_size: int,
+        links: LinkTimes,
+        d2h: Link,
+        h2d: Link,
+        pool: Pool,
+        times: RequestTimes,
+        log: CacheLog | None,
+    ) -> None:
+        self.host = Level(num_host_blocks, lambda key: self._note(HOST, "evict", (key,)))
+        self.disk = Level(num_disk_blocks, lambda key: self._note(STORAGE, "evict", (key,)))
+        self._block_size, self._d2h, self._h2d, self._pool = block_size, d2h, h2d, pool
+        self._read = Link(links.read_base, links.read_per_page)
+        self._write = Link(links.write_base, links.write_per_page)
+        self._times, self._log = times, log
+        self._now_ns = 0
+        self._events: list[tuple[int, int, Callable[[int], None]]] = []  # heap: end, order, what happens then
+        self._num_events = 0
+        self._num_stored: dict[int, int] = {}  # by row: blocks that have been sent to the host, or come from it
+        self._stores_end_ns: dict[int, int] = {}  # by row: when the last of its stores ends
+        self._arriving: set[int] = set()  # rows whose blocks are on their way to the GPU
+        self._promoting: dict[int, int] = {}  # by row: when what the disk holds for it is on the host
+        self._promoted: dict[int, set[int]] = {}  # by row: keys that it brought from the disk for its next admission
+
+    # --- time ------------------------------------------------------------------------------------------------------
+
+    def next_ns(self) -> int | None:
+        """When the next transfer ends."""
+        return self._events[0][0] if self._events else None
+
+    def advance(self, now_ns: int) -> None:
+        """See what has ended by now."""
+        self._now_ns = now_ns
+        while self._events and self._events[0][0] <= now_ns:
+            end_ns, _, action = heappop(self._events)
+            action(end_ns)
+
+    def drain(self) -> None:
+        """The last request has finished: let the transfers end."""
+        while self._events:
+            self.advance(self._events[-1][0])
+
+    def _at(self, end_ns: int, action: Callable[[int], None]) -> None:
+        heappush(self._events, (end_ns, self._num_events, action))
+        self._num_events += 1
+
+    def _note(self, level: int, kind: str, keys: Iterable[int], row: int = -1, time_ns: int = -1) -> None:
+        if self._log is not None:
+            self._log.blocks(level, kind, keys, row, time_ns)
+
+    # --- loads -----------------------------------------------------------------------------------------------------
+
+    def is_fetching(self, request: Request) -> bool:
+        """Whether blocks are on their way to the GPU, or to the host, for a waiting request."""
+        return request.row in self._arriving or self._promoting.get(request.row, 0) > self._now_ns
+
+    def lookup(self, request: Request, num_local_blocks: int) -> int | None:
+        """Blocks that the host has ready beyond the GPU's hit; None while the disk brings more.
+
+        Args:
+            request: waits for its admission.
+            num_local_blocks: the GPU's hit.
+        """
+        keys: list[int] = request.block_keys(0, request.num_tokens // self._block_size).tolist()
+        self.host.touch(keys)
+        beyond = keys[num_local_blocks:]
+        hits = sum(1 for _ in takewhile(self.host.is_ready, beyond))
+        if request.row not in self._promoted and self._promote(request, beyond[hits:]):
+            return None
+        return hits
+
+    def _promote(self, request: Request, keys: list[int]) -> bool:
+        """Bring the blocks that the disk holds next to the host; False if there are none or there is no room."""
+        found = list(takewhile(lambda key: self.disk.is_ready(key) and key not in self.host, keys))
+        if not found or self.host.prepare_store(found) is None:
+            return False
+        self.disk.touch(found)
+        self.disk.read(found)
+        start_ns, row = self._now_ns, request.row
+        end_ns = self._read.send(start_ns, len(found))
+        self._promoting[row], self._promoted[row] = end_ns, set(found)
+        self._times.prefetch[row] += end_ns - start_ns
+        self._note(STORAGE, "prefetch_start", found, row, start_ns)
+        self._at(end_ns, lambda time_ns: self._promotion_done(row, found, time_ns))
+        return True
+
+    def _promotion_done(self, row: int, keys: list[int], time_ns: int) -> None:
+        self.disk.read_done(keys)
+        self.host.complete_store(keys)
+        self._note(STORAGE, "prefetch_done", keys, row, time_ns)
+
+    def start_load(self, request: Request, num_local_blocks: int, num_blocks: int) -> None:
+        """Copy blocks of the host to those that the request has been given on the GPU."""
+        row, start_ns = request.row, self._now_ns
+        last = num_local_blocks + num_blocks
+        keys: list[int] = request.block_keys(num_local_blocks, last).tolist()
+        self.host.read(keys)
+        self._arriving.add(row)
+        self._num_stored[row] = last
+        end_ns = self._h2d.send(start_ns, num_blocks * self._block_size)
+        self._times.prefetch[row] += end_ns - start_ns
+        promoted = self._promoted.get(row, set())
+        num_tokens = min(last * self._block_size, request.num_tokens - 1) - num_local_blocks * self._block_size
+        from_disk = min(num_tokens, self._block_size * sum(key in promoted for key in keys))
+        self._times.note_load(row, num_tokens - from_disk, from_disk)
+        self._at(end_ns, lambda time_ns: self._load_done(row, keys, time_ns))
+
+    def _load_done(self, row: int, keys: list[int], time_ns: int) -> None:
+        self._arriving.discard(row)
+        self.host.read_done(keys)
+        self._note(HBM, "load_back", keys, row, time_ns)
+
+    def admitted(self, request: Request) -> None:
+        """It runs: should it come back, it may ask the disk again."""
+        self._promoting.pop(request.row, None)
+        self._promoted.pop(request.row, None)
+
+    def released(self, request: Request) -> None:
+        """It has given up the blocks that it fetched, and waits anew."""
+        self._times.note_load(request.row, 0, 0)
+        self.admitted(request)
+
+    # --- stores ----------------------------------------------------------------------------------------------------
+
+    def store(self, requests: Sequence[Request], end_ns: int) -> None:
+        """Send the blocks to the host that a step fills, once it has run.
+
+        Args:
+            requests: the step's batch.
+            end_ns: when the step ends.
+        """
+        for request in requests:
+            # Tokens in flight are not known yet, so neither are the keys of their blocks.
+            num_blocks = min(request.num_computed_tokens, request.num_tokens) // self._block_size
+            first = self._num_stored.get(request.row, 0)
+            if first < num_blocks:
+                self._store_blocks(request, first, num_blocks, end_ns)
+
+    def _store_blocks(self, request: Request, first: int, last: int, end_ns: int) -> None:
+        row = request.row
+        keys = self.host.prepare_store(request.block_keys(first, last).tolist())
+        if keys is None:  # tried again with its next step
+            return
+        self._num_stored[row] = last
+        if not keys:
+            return
+        self.host.touch(request.block_keys(0, last).tolist())
+        stored_ns = self._d2h.send(end_ns, len(keys) * self._block_size)
+        self._stores_end_ns[row] = stored_ns
+        self._at(stored_ns, lambda time_ns: self._store_done(keys, time_ns))
+
+    def _store_done(self, keys: list[int], time_ns: int) -> None:
+        self.host.complete_store(keys)
+        self._note(HOST, "store", keys, time_ns=time_ns)
+        going_on = self.disk.prepare_store(keys) if self.disk.num_blocks else None
+        if going_on:
+            self.host.read(going_on)
+            written_ns = self._write.send(time_ns, len(going_on))
+            self._at(written_ns, lambda end_ns: self._write_done(going_on, end_ns))
+
+    def _write_done(self, keys: list[int], time_ns: int) -> None:
+        self.host.read_done(keys)
+        self.disk.complete_store(keys)
+        self._note(STORAGE, "store", keys, time_ns=time_ns)
+
+    def stores_end_ns(self, request: Request) -> int:
+        """When the blocks of a preempted request may be written again (`handle_preemptions` waits for that)."""
+        return self._stores_end_ns.get(request.row, 0)
+
+    def finished(self, request: Request) -> bool:
+        """A request has finished; whether its GPU blocks stay until its stores have ended (`request_finished`)."""
+        row, blocks = request.row, request.blocks
+        self._num_stored.pop(row, None)
+        self.admitted(request)
+        end_ns = self._stores_end_ns.pop(row, 0)
+        if end_ns <= self._now_ns or not len(blocks):
+            return False
+        self._at(end_ns, lambda _: self._free(blocks))
+        return True
+
+    def _free(self, blocks: IntArray) -> None:
+        self._pool.free(blocks)
