@@ -135,18 +135,17 @@ def _mixed_attention(columns: Columns, tile: float, slots: float) -> Terms:
     tiles = _ceil(chunk, tile)
     terms = _two_kinds((heads * tiles, span), (seqs * heads, context), slots, prefix + chunk)
     terms |= {"empty blocks": heads * seqs * (tiles - 1.0), "keys": kv_heads * seqs * context}
-    return terms | _misses(columns, slots)
+    return terms | _misses(columns, context, slots)
 
 
-def _misses(columns: Columns, slots: float) -> Terms:
+def _misses(columns: Columns, context: FloatArray, slots: float) -> Terms:
     """Keys read from memory again by each query head of a group that a cache of each size does not hold.
 
     Blocks go out head by head. Heads that run at once (slots / decodes of them) share what they read; one that comes
     later finds it in the cache only as far as the keys of all decodes under one head fit.
     """
     heads, kv_heads = attention_heads(columns)
-    seqs, context = columns["num_decode"], columns["context"]
-    group = heads / kv_heads
+    seqs, group = columns["num_decode"], heads / kv_heads
     reads = group / np.clip((slots or _MANY_SLOTS) / seqs, 1.0, group)
     return {
         f"missed keys over {int(size)}": kv_heads * reads * np.maximum(seqs * context - size, 0.0)
@@ -175,14 +174,14 @@ def _uneven_mixed(columns: Columns, tile: float, slots: float) -> Terms:
     seqs, context = columns["num_decode"], columns["context"]
     long_seqs = np.rint(seqs * columns["long_share"])
     longest = context * columns["skew"]
-    span = prefix + (np.minimum(chunk, tile) + chunk) / 2
+    span, tiles = prefix + (np.minimum(chunk, tile) + chunk) / 2, _ceil(chunk, tile)
     mean = (long_seqs * longest + (seqs - long_seqs) * context) / seqs
-    terms = _two_kinds((heads * _ceil(chunk, tile), span), (seqs * heads, mean), slots, prefix + chunk)
+    terms = _two_kinds((heads * tiles, span), (seqs * heads, mean), slots, prefix + chunk)
     tail = _two_kinds((long_seqs * heads, longest), ((seqs - long_seqs) * heads, context), slots, mean)
-    read = kv_heads * seqs * mean
     terms |= {f"decodes: {name}": tail[name] for name in ("first end", "second end")}
     terms["longest"] = np.maximum(prefix + chunk, longest)
-    return terms | _spills(read)
+    terms |= {"empty blocks": heads * seqs * (tiles - 1.0), "keys": kv_heads * seqs * mean}
+    return terms | _misses(columns, mean, slots)
 
 
 def _two_kinds(
