@@ -41,7 +41,7 @@ def configs(draw: st.DrawFn) -> VllmConfig:
 
 @st.composite
 def workloads(draw: st.DrawFn, max_model_len: int) -> Run:
-    """Up to 25 requests; prompts share prefixes by drawing block ids from a small tree."""
+    """Up to 25 requests; prompts share prefixes by drawing block ids from a small tree, or from three documents."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     count = draw(st.integers(1, 25))
     mean_gap_ns = draw(st.sampled_from([0, 1_000_000, 30_000_000]))
@@ -56,16 +56,24 @@ def workloads(draw: st.DrawFn, max_model_len: int) -> Run:
         "input_tokens": inputs,
         "output_tokens": outputs,
         "priority": rng.integers(0, 3, count),
-        "block_hashes": [
-            [10 * depth + int(rng.integers(0, 2)) for depth in range(-(-length // HASH_BLOCK_TOKENS))]
-            for length in inputs.tolist()
-        ],
+        "block_hashes": [_tree_path(rng, length) for length in inputs.tolist()],
     }
+    if draw(st.booleans()):
+        columns["block_hashes"] = [_document(rng, length) for length in inputs.tolist()]
     shared = draw(st.booleans())
     if not shared:
         del columns["block_hashes"]
     table = from_columns("requests", columns, "a random workload")
     return Run(RunInfo("workload", hash_block_tokens=HASH_BLOCK_TOKENS if shared else None), {"requests": table})
+
+
+def _tree_path(rng: np.random.Generator, length: int) -> list[int]:
+    return [10 * depth + int(rng.integers(0, 2)) for depth in range(-(-length // HASH_BLOCK_TOKENS))]
+
+
+def _document(rng: np.random.Generator, length: int) -> list[int]:
+    start = 1000 * int(rng.integers(0, 3))
+    return [start + depth for depth in range(-(-length // HASH_BLOCK_TOKENS))]
 
 
 @st.composite
@@ -76,8 +84,10 @@ def tiered(draw: st.DrawFn, config: VllmConfig) -> VllmConfig:
     links = {"h2d_per_token": draw(st.sampled_from([0, 10_000, 500_000])), "read_per_page": 2_000_000}
     settings: dict[str, Any] = {"kv_bytes_per_token": 1, "kv_links": links}
     if offloads:
-        settings["kv_offloading_size"] = draw(st.integers(1, 40)) * block_gib
-        settings["kv_offloading_disk_size"] = draw(st.sampled_from([0, 0, 5, 100])) * block_gib
+        settings["kv_offloading_size"] = draw(st.sampled_from([1, 6, 12, 20, 40])) * block_gib
+        settings["kv_offloading_disk_size"] = draw(st.sampled_from([0, 5, 100, 100])) * block_gib
+        spare = draw(st.integers(0, 6))
+        settings["num_gpu_blocks"] = 1 + -(-config.max_model_len // config.block_size) + spare
         settings["enable_prefix_caching"] = True
     if swaps:
         settings |= {"preemption_mode": "swap", "swap_space": draw(st.sampled_from([0, 4, 1000])) * block_gib}
