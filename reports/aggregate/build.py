@@ -19,7 +19,7 @@ from kvtwin.validate.result import Comparison, TargetReport
 
 # Cells of the parity plots: for one run, and for all runs of a page together (about 35 bytes each).
 MAX_RUN_CELLS: Final = 1500
-_MAX_CELLS: Final = 15_000
+_MAX_CELLS: Final = 10_000
 
 
 def aggregate(report: TargetReport) -> Figures:

@@ -106,7 +106,7 @@ def line_at(value: float, axis: str = "x") -> dict[str, Any]:
 def log_axis(low: float, high: float) -> dict[str, Any]:
     """A logarithmic axis over positive values, with a little room; a range even for equal ones.
 
-    1, 2, 5 are ticks within three decades; beyond, where their labels would touch, whole decades.
+    1, 2, 5 are ticks within two decades; beyond, where their labels would touch, whole decades.
     """
     ends = math.log10(low), math.log10(high)
     pad = max(0.04 * (ends[1] - ends[0]), 0.05)
@@ -114,7 +114,7 @@ def log_axis(low: float, high: float) -> dict[str, Any]:
     axis: dict[str, Any] = {"type": "log", "range": [bottom, top], "minor": {"ticks": ""}}
     if top - bottom < 0.5:
         return {**axis, "dtick": "D2"}
-    return {**axis, "tickvals": _ladder(bottom, top, (1, 2, 5) if top - bottom < 3 else (1,))}
+    return {**axis, "tickvals": _ladder(bottom, top, (1, 2, 5) if top - bottom < 1.8 else (1,))}
 
 
 def _ladder(low: float, high: float, steps: Sequence[int]) -> list[float]:

@@ -108,10 +108,16 @@ def _parity_points(part: ParityCells, *, named: bool) -> dict[str, Any]:
             "symbol": f"{symbol}-open" if part.extrapolated else symbol,
             "color": f"var(--{part.regime})",
             "size": [round(4.5 + 2.2 * math.log10(steps), 1) for steps in part.num_steps],
-            "opacity": 0.62,
+            "opacity": _opacities(part.num_steps),
             "line": {"width": 0},
         },
     }
+
+
+def _opacities(num_steps: Sequence[int]) -> list[float] | float:
+    """Fainter where fewer steps stand behind a mark, so that a dense cloud shows its core."""
+    most = max(num_steps)
+    return 0.62 if most == 1 else [round(0.38 + 0.5 * math.log(steps) / math.log(most), 2) for steps in num_steps]
 
 
 def _parity_lines(low: float, high: float) -> list[dict[str, Any]]:
@@ -179,8 +185,11 @@ def _map_figure(title: str, cells: ErrorMap) -> Figure:
             }
         ],
         "layout": layout(
-            xaxis={"title": {"text": "cache_len, tokens, summed over the batch"}, "type": "category", "nticks": 9},
-            yaxis={"title": {"text": "input_len, new tokens"}, "type": "category", "nticks": 9},
+            xaxis={
+                "title": {"text": "cache_len, tokens, summed over the batch"},
+                **_bin_axis(across, cells.cache_edges),
+            },
+            yaxis={"title": {"text": "input_len, new tokens"}, **_bin_axis(up, cells.input_edges)},
         ),
     }
     worst = max(range(len(rows)), key=lambda row: cells.mape[row] * cells.num_steps[row])
@@ -195,6 +204,14 @@ def _map_figure(title: str, cells: ErrorMap) -> Figure:
 
 def _bin_names(edges: Sequence[int]) -> list[str]:
     return [f"{low:,}" if high == low + 1 else f"{low:,} to {high - 1:,}" for low, high in pairwise(edges)]
+
+
+def _bin_axis(names: Sequence[str], edges: Sequence[int]) -> dict[str, Any]:
+    """A category per bin; every few of them named by where it begins, so that the names do not touch."""
+    shown = range(0, len(names), -(-len(names) // 7))
+    begins = [f"{edges[at]:,}" if edges[at] < 10_000 else f"{edges[at] / 1000:.0f}k" for at in shown]
+    ticks = {"tickvals": [names[at] for at in shown], "ticktext": begins, "tickangle": 0}
+    return {"type": "category", "categoryarray": list(names), **ticks}
 
 
 def _weighted_quantile(values: Sequence[float], weights: Sequence[int], share: float) -> float:
