@@ -39,9 +39,10 @@ def fit_surface(work: str, coordinates: Mapping[str, FloatArray], ratio: FloatAr
     names += [pair for pair in PAIRS[work] if all(name in axes for name in pair)]
     shapes = [tuple(len(axes[name]) for name in part) for part in names]
     design = _design(axes, names, shapes, coordinates).multiply(ratio[:, None]).tocsr()
-    penalty = sparse.block_diag([_roughness(shape) for shape in shapes])
-    normal = (design.T @ design + _STRENGTH * len(ratio) * penalty).toarray()
-    values = cho_solve(cho_factor(normal), design.T @ (1.0 - ratio))
+    normal = (design.T @ design).toarray()  # the rest in place: it is the largest array of a calibration
+    rough = sparse.block_diag([_roughness(shape) for shape in shapes], format="coo")
+    normal[rough.row, rough.col] += _STRENGTH * len(ratio) * rough.data
+    values = cho_solve(cho_factor(normal, overwrite_a=True), design.T @ (1.0 - ratio))
     ends = np.cumsum([int(np.prod(shape)) for shape in shapes])
     tables = np.split(values, ends[:-1])
     return Surface(

@@ -182,3 +182,14 @@ def test_a_grid_at_one_point_is_the_grid_at_many(axes: list[list[int]], data: st
     point = [data.draw(st.floats(-10.0, 60.0)) for _ in axes]
     grid = Grid(axes, values)
     assert grid.at(*point) == grid(*(np.array([coordinate]) for coordinate in point))[0]
+
+
+def test_a_grid_gives_the_same_bits_one_by_one_and_many_at_once() -> None:
+    rng = np.random.default_rng(0)
+    grid = Grid([[0, 1, 5], [2, 4], [7], [1, 3, 9, 20]], rng.random((3, 2, 1, 4)))
+    points = [rng.uniform(-2, 25, 20_000) for _ in range(4)]
+    values = grid(*points)
+    for row in (0, 8_191, 8_192, 19_999):
+        assert grid.at(*(float(column[row]) for column in points)) == values[row]
+    assert np.array_equal(grid(*(column[9_000:9_010] for column in points)), values[9_000:9_010])
+    assert Grid([[3.0]], [5.0])(np.zeros(2)).tolist() == [5.0, 5.0]
