@@ -12,7 +12,7 @@ from kvtwin.reports.pages.markup import Table, plain_table, typeset
 from kvtwin.reports.pages.plots import Figure, grid, layout, plotly_text
 from kvtwin.validate.result import Attribution, Divergence, ScheduleFinding
 
-_MAX_WATERFALLS = 6  # metrics side by side; the table has them all
+_MAX_WATERFALLS = 6  # metrics side by side, means first; the table has them all
 _MAX_MEMBERS = 24  # of a batch beside the other, around the first difference
 
 
@@ -23,7 +23,7 @@ def waterfall_figure(attributions: Sequence[Attribution]) -> Figure:
     if not known:
         why = next((found.note for found in attributions if found.note), "no layer was replaced by its recording")
         return Figure("causes", title, f"Not attributed: {why}.", None, columns=8)
-    drawn = known[:_MAX_WATERFALLS]
+    drawn = sorted(known, key=lambda found: not found.metric.endswith("_mean"))[:_MAX_WATERFALLS]
     data = [_waterfall(found, "" if index == 0 else str(index + 1)) for index, found in enumerate(drawn)]
     spec = {"data": data, "layout": _side_by_side(drawn)}
     layers = list(dict.fromkeys(part.layer for found in known for part in found.parts))
