@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,18 +15,22 @@ from kvtwin.calibrate.kernels import calibrate_kernels
 from kvtwin.calibrate.models import ModelSpec, model_spec
 from kvtwin.calibrate.noise import step_floor
 from kvtwin.calibrate.steps import calibrate_steps
+from kvtwin.sim.engines import EngineConfig, engine_config, simulate_engine
 from kvtwin.sim.latency.profile import Profile, read_profile
 from kvtwin.sim.latency.stats import BatchStats
-from kvtwin.sim.vllm.config import VllmConfig, recorded_settings, vllm_config
-from kvtwin.sim.vllm.simulate import simulate
 from kvtwin.traces.errors import InputError
 from kvtwin.traces.readers import read_run
 from kvtwin.traces.readers.allreduce import read_allreduce
 from kvtwin.traces.readers.llmservingsim_profile import read_kernel_profile
 from kvtwin.traces.run import Run
 from kvtwin.traces.workload import with_prompts
+from kvtwin.validate.attribution.attribute import attribute
+from kvtwin.validate.attribution.hybrids import Twin
 from kvtwin.validate.e2e import compare_e2e
-from kvtwin.validate.result import Check, Comparison, TargetReport
+from kvtwin.validate.result import Attribution, Check, Comparison, ScheduleFinding, TargetReport
+from kvtwin.validate.scheduler.compare import compare_schedulers
+from kvtwin.validate.scheduler.predicted import replay_settings
+from kvtwin.validate.scheduler.replay import replay_schedule
 from kvtwin.validate.step import build_predictions, compare_steps
 from kvtwin.validate.target import Target, Workload
 
@@ -41,6 +45,8 @@ class _Notes:
 
     engines: dict[str, Any] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
+    schedules: list[ScheduleFinding] = field(default_factory=list)
+    attributions: list[Attribution] = field(default_factory=list)
 
 
 def check_target(target: Target, *, seed: int = 0, progress: Progress = lambda _: None) -> tuple[TargetReport, Profile]:
@@ -80,6 +86,8 @@ def check_target(target: Target, *, seed: int = 0, progress: Progress = lambda _
             "remarks": notes.remarks,
             "recordings": {comparison.name: dict(comparison.measured.info.source) for comparison in comparisons},
         },
+        schedules=tuple(notes.schedules),
+        attributions=tuple(notes.attributions),
     )
     return report, profile
 
@@ -97,10 +105,7 @@ def _facts(target: Target, profile: Profile, run: Run) -> dict[str, str]:
 
 def _settings(target: Target, workload: Workload, run: Run) -> dict[str, Any]:
     """Engine settings: what the recording says, then the target's, then the workload's."""
-    recorded = recorded_settings(run.info.engine_config)
-    if run.info.engine and run.info.engine.startswith("vllm "):
-        recorded["version"] = run.info.engine.removeprefix("vllm ")
-    settings = {**recorded, **target.engine, **workload.engine}
+    settings = replay_settings(run, {**target.engine, **workload.engine}, target.path)
     if target.tensor_parallel_size is not None:
         settings["tensor_parallel_size"] = target.tensor_parallel_size
     return {key: value for key, value in settings.items() if value is not None}
@@ -155,17 +160,34 @@ def _judge_workload(
     for name, run in zip(names, runs, strict=True):
         progress(f"simulating {name}")
         config = _config(target, workload, run, profile, notes)
-        notes.engines[name] = {key: getattr(config, key) for key in VllmConfig.__slots__}
+        notes.engines[name] = asdict(config)
         twin = twins.of(with_prompts(run, sent), config)
         predictions = _predictions(run, profile)
-        comparison = Comparison(name, run, twin, workload.clock, predictions, names if len(names) > 1 else ())
+        comparison = Comparison(name, run, twin.run, workload.clock, predictions, names if len(names) > 1 else ())
         progress(f"judging {name}")
-        judged = compare_e2e(run, twin, name=name, clock=workload.clock, repeats=runs, gates=target.gates, seed=seed)
+        schedule = None
+        judged = compare_e2e(
+            run, twin.run, name=name, clock=workload.clock, repeats=runs, gates=target.gates, seed=seed
+        )
         if predictions is not None:
             metrics = floor.metrics if floor else None
-            judged = [*compare_steps(predictions, name=name, floor=metrics, gates=target.gates, seed=seed), *judged]
+            steps = compare_steps(predictions, name=name, floor=metrics, gates=target.gates, seed=seed)
+            asked = Run(run.info, {"requests": twin.workload.requests, "steps": run.steps}, name=name)
+            schedule, decisions = compare_schedulers(
+                run, replay_schedule(asked, config), name=name, gates=target.gates, seed=seed
+            )
+            notes.schedules.append(schedule)
+            judged = [*steps, *(check for check in decisions if _is_told(check, schedule)), *judged]
+        progress(f"attributing {name}")
+        notes.attributions += attribute(run, twin, name=name, clock=workload.clock, checks=judged, schedule=schedule)
         result.append((comparison, judged))
     return result
+
+
+def _is_told(check: Check, schedule: ScheduleFinding) -> bool:
+    """Queues, orders and sizes follow from the decisions: where those are identical, so are they."""
+    differs = schedule.num_identical < schedule.num_steps
+    return differs or check.metric in ("identical_steps", "free_blocks") or check.threshold is not None
 
 
 class _Twins:
@@ -174,22 +196,26 @@ class _Twins:
     _INPUTS = ("request_id", "arrival_ns", "input_tokens", "output_tokens", "priority", "block_hashes")
 
     def __init__(self, profile: Profile) -> None:
-        self._profile = profile
-        self._known: list[tuple[pa.Table, VllmConfig, Run]] = []
+        self._host = profile.host
+        self._latency = profile.latency_model()
+        self._known: list[tuple[pa.Table, EngineConfig, Run]] = []
 
-    def of(self, workload: Run, config: VllmConfig) -> Run:
+    def of(self, workload: Run, config: EngineConfig) -> Twin:
+        """The twin of a workload on an engine."""
         asked = workload.requests.select(list(self._INPUTS))
         for inputs, settings, run in self._known:
             if settings == config and inputs.equals(asked):
-                return run
-        run = simulate(workload, config, self._profile.latency_model(), self._profile.host)
+                return Twin(workload, config, self._latency, self._host, run)
+        run = simulate_engine(workload, config, self._latency, self._host)
         self._known.append((asked, config, run))
-        return run
+        return Twin(workload, config, self._latency, self._host, run)
 
 
-def _config(target: Target, workload: Workload, run: Run, profile: Profile, notes: _Notes) -> VllmConfig:
+def _config(target: Target, workload: Workload, run: Run, profile: Profile, notes: _Notes) -> EngineConfig:
     """The engine's config; what a recording leaves open is filled in, and said."""
     settings = _settings(target, workload, run)
+    if settings["engine"] == "sglang":
+        return engine_config(settings, target.path)
     model = target.model
     if "num_gpu_blocks" not in settings:
         model = _model(target, profile.model, run.info.model)
@@ -197,7 +223,7 @@ def _config(target: Target, workload: Workload, run: Run, profile: Profile, note
     if not settings.get("max_model_len") and model is not None:
         capacity = (settings["num_gpu_blocks"] - 1) * settings.get("block_size", 16)
         settings["max_model_len"] = min(model.max_position_embeddings, capacity)
-    return vllm_config(settings, target.path)
+    return engine_config(settings, target.path)
 
 
 def _estimated_blocks(

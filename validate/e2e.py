@@ -21,6 +21,7 @@ from kvtwin.traces.run import Run
 from kvtwin.traces.time import NS_PER_MS, NS_PER_S
 from kvtwin.validate.gates import NO_GATES, STATISTICS, TIMES, Gates, judge
 from kvtwin.validate.result import Check
+from kvtwin.validate.units import unit_note
 
 Clock = Literal["queued_ns", "arrival_ns"]
 Rows = npt.NDArray[np.bool_]
@@ -202,7 +203,8 @@ def _time_checks(pair: _Pair, time: str) -> list[Check]:
     findings["mape"] = _Finding()
     if n and np.isfinite(simulated[known]).all():
         findings, how = _time_findings(pair, time, known)
-        notes = [how, *notes]
+        warning = unit_note(measured[known], simulated[known])
+        notes = [*([warning] if warning else []), how, *notes]
     return [
         pair.check(f"{time}_{name}", "ms", found, n, "; ".join(notes))
         if name != "mape"

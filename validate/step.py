@@ -20,6 +20,7 @@ from kvtwin.traces.run import Run
 from kvtwin.traces.time import to_ms
 from kvtwin.validate.gates import NO_GATES, Gates, judge
 from kvtwin.validate.result import PREDICTIONS, Check
+from kvtwin.validate.units import unit_note
 
 NAN: Final = float("nan")
 _TOO_FEW: Final = f"fewer than {MIN_MATCHED} steps of this regime: not judged"
@@ -102,7 +103,7 @@ def compare_steps(
     errors = stats.relative_errors(measured, predicted)
     length = max(stats.block_length(errors), stats.block_length(np.abs(errors)))
     intervals = stats.bootstrap(n, length, statistics, stats.stream(seed, f"{name}/step"))
-    notes = _notes(table, length, dropped=predictions.num_rows - n)
+    notes = "; ".join([*_warnings(measured, predicted), _notes(table, length, dropped=predictions.num_rows - n)])
     checks = []
     for metric, statistic in statistics.items():
         error, count = statistic.value, _count(metric, regime)
@@ -120,6 +121,11 @@ def compare_steps(
         rare = count < min(MIN_MATCHED, n)  # a regime that hardly occurs is an anecdote
         checks.append(replace(check, note=f"{notes}; {_TOO_FEW}") if rare else judge(check, gates))
     return checks
+
+
+def _warnings(measured: FloatArray, predicted: FloatArray) -> list[str]:
+    warning = unit_note(measured, predicted)
+    return [] if warning is None else [warning]
 
 
 def _values(metric: str, measured: FloatArray, predicted: FloatArray, error: float) -> tuple[str, float, float]:

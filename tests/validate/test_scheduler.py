@@ -227,7 +227,8 @@ def test_a_log_that_stops_early(log: Run) -> None:
 def test_a_log_with_parts_missing_says_what_was_not_judged(log: Run) -> None:
     lists, counts = ("preempted", "finished"), ("num_waiting", "num_running", "num_free_blocks")
     steps = _without(log.steps, "sched_ns", "update_ns", "instance", *lists, *counts)
-    requests = _without(log.requests, "queued_ns", "scheduled_ns", "first_token_ns", "finish_ns")
+    queues = ("waiting_ns", "prefetch_ns", "running_ns", "swapped_ns")
+    requests = _without(log.requests, "queued_ns", "scheduled_ns", "first_token_ns", "finish_ns", *queues)
     finding, checks = _judge(Run(log.info, {"requests": requests, "steps": steps}), _config())
     assert finding.num_identical == finding.num_steps
     said = " ".join(finding.not_judged)

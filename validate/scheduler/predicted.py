@@ -60,7 +60,7 @@ def replay_settings(measured: Run, settings: Mapping[str, Any], path: Path | Non
     if recorded in ("", engine):
         own = dict(measured.info.engine_config)
         own = (recorded_settings(own) if engine == "vllm" else own) | {"version": version or None}
-    if engine == "vllm" and "async_scheduling" not in own:
+    if engine == "vllm" and "async_scheduling" not in own and measured.has("steps"):
         own["async_scheduling"] = schedules_ahead(measured)
     return {**own, **settings, "engine": engine}
 

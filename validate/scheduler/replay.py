@@ -67,12 +67,14 @@ class ReplayEngine(Protocol):
         """What was decided."""
 
 
-def replay_schedule(measured: Run, config: EngineConfig) -> Run:
+def replay_schedule(measured: Run, config: EngineConfig, *, hits: IntArray | None = None) -> Run:
     """Serve a recording's requests with the simulated scheduler, at the recording's own times.
 
     Args:
         measured: a recorded (or simulated) run with steps, of one engine; it may begin or end in the middle.
         config: the engine's settings.
+        hits: blocks that each request hits at its first admission, by row, instead of what the simulated cache holds;
+            vLLM only.
 
     Returns:
         A simulated Run with steps; a request that the log leaves unfinished has no `finish_ns`. What had to be assumed
@@ -84,16 +86,16 @@ def replay_schedule(measured: Run, config: EngineConfig) -> Run:
     """
     refuse_unusable(measured)
     if isinstance(config, VllmConfig):
-        return _replay_vllm(measured, config)
+        return _replay_vllm(measured, config, hits)
     return _replay_sglang(measured, config)
 
 
-def _replay_vllm(measured: Run, config: VllmConfig) -> Run:
+def _replay_vllm(measured: Run, config: VllmConfig, hits: IntArray | None) -> Run:
     from kvtwin.validate.scheduler.replay_vllm import VllmReplay
 
     slots = read_slots(measured, asynchronous=config.async_scheduling)
     beginning = read_beginning(measured, queued_ns(measured), prefix_caching=config.enable_prefix_caching)
-    engine, notes = VllmReplay(measured, config), []
+    engine, notes = VllmReplay(measured, config, hits), []
     if not beginning.is_whole:
         engine.resume(beginning, int(slots.sched_ns[0]))
         notes.append(

@@ -18,6 +18,7 @@ from kvtwin.sim.vllm.simulate import build_requests
 from kvtwin.traces.errors import InputError
 from kvtwin.traces.run import Run, RunInfo
 from kvtwin.validate.scheduler.partial import Beginning
+from kvtwin.validate.scheduler.recorded_hits import RecordedHits
 from kvtwin.validate.scheduler.replay import StepTimes, queued_ns
 
 _MAX_EMPTY_CALLS = 1000  # with the priority policy a request can preempt itself; the engine then calls again
@@ -26,13 +27,15 @@ _MAX_EMPTY_CALLS = 1000  # with the priority policy a request can preempt itself
 class VllmReplay:
     """See `replay.ReplayEngine`."""
 
-    def __init__(self, measured: Run, config: VllmConfig) -> None:
+    def __init__(self, measured: Run, config: VllmConfig, hits: IntArray | None = None) -> None:
         self._measured, self._config = measured, config
         self.depth = 2 if config.async_scheduling else 1
         self._rows: IntArray = np.argsort(queued_ns(measured), kind="stable")
         self._place = np.argsort(self._rows).tolist()
         self._book = build_requests(measured, config, None, self._rows)
         self._scheduler = VllmScheduler(config, self._book, _pool(config))
+        if hits is not None:
+            self._scheduler.kv = RecordedHits(self._scheduler.kv, hits[self._rows])
         self._times, self._log = RequestTimes(len(self._book)), StepLog()
         self._in_flight: deque[tuple[StepPlan, StepTimes]] = deque()
 

@@ -1,0 +1,1 @@
+"""Which simulated layer causes how much of an end-to-end error."""

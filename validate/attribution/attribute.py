@@ -1,0 +1,144 @@
+"""How much of each end-to-end error each simulated layer causes: a waterfall that adds up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.compute as pc
+
+from kvtwin.calibrate.stats import FloatArray
+from kvtwin.traces.run import Run
+from kvtwin.traces.time import NS_PER_MS
+from kvtwin.validate.attribution.evidence import suspects
+from kvtwin.validate.attribution.hybrids import Stage, Twin, replay, stages
+from kvtwin.validate.e2e import QUANTILES, Clock, request_metrics
+from kvtwin.validate.gates import TIMES
+from kvtwin.validate.result import Attribution, Check, Part, ScheduleFinding
+
+REMAINDER: Final = "remainder"
+_ENGINE: Final = "step times, host, schedule"  # where the recording has no steps
+_ALL: Final = "arrival, step times, host, schedule"  # ... and does not say when requests reached the engine
+MAX_STEPS: Final = 40_000  # recorded layers run in the plain loop, some 50 us a step
+_STATISTICS: Final = ("mean", "p50", "p90")
+
+
+def attribute(
+    measured: Run,
+    twin: Twin,
+    *,
+    name: str,
+    clock: Clock,
+    checks: Sequence[Check] = (),
+    schedule: ScheduleFinding | None = None,
+) -> list[Attribution]:
+    """Replace one simulated layer after another by its recording and see what each changes.
+
+    The layers and their order are `hybrids.stages`'. A part is what the error loses when its layer is recorded too, so
+    the parts sum to the error exactly; the remainder is what the requests' own stamps differ from those of the steps
+    that served them. The order matters where layers act on one another: a fault in an early layer takes with it what
+    it does to the later ones.
+
+    Args:
+        measured: a recorded run; at most its first `MAX_STEPS` steps are looked at.
+        twin: what predicts it.
+        name: the recorded run's name.
+        clock: see `e2e.request_metrics`.
+        checks, schedule: of this run: the evidence without which no layer is blamed (`evidence.suspects`).
+
+    Returns:
+        mean, p50, p90 of TTFT, TPOT and latency, over the requests that all stages served.
+
+    Raises:
+        InputError: see `e2e.request_metrics`.
+    """
+    measured, twin, judged, notes = _beginning(measured, twin)
+    found = list(stages(measured, twin))
+    replayed = replay(measured, twin) if measured.has("steps") else None
+    suspected = suspects(measured, twin, replayed, schedule, checks)
+    truth = request_metrics(measured, clock)
+    values = [_metrics(stage, measured, twin, clock) for stage in found]
+    layers = [stage.layer for stage in found[1:]]
+    layers.append(REMAINDER if "host" in layers else _ENGINE if "arrival" in layers else _ALL)
+    notes += _missing(layers)
+    result = []
+    for time in TIMES:
+        key = f"{time}_ms"
+        chain = [*(value[key] for value in values), truth[key]]
+        known = judged & np.isfinite(chain).all(axis=0)
+        for statistic in _STATISTICS if known.any() else ():
+            numbers = [_summary(column[known], statistic) for column in chain]
+            result.append(_waterfall(name, f"{time}_{statistic}", layers, numbers, suspected, "; ".join(notes)))
+    return result
+
+
+def _waterfall(
+    run: str, metric: str, layers: Sequence[str], numbers: Sequence[float], suspected: set[str], note: str
+) -> Attribution:
+    """Numbers: of the twin, of each stage, and the measurement."""
+    measured, simulated = numbers[-1], numbers[0]
+    parts = tuple(
+        Part(layer, (before - after) / measured)
+        for layer, before, after in zip(layers, numbers[:-1], numbers[1:], strict=True)
+    )
+    blamed = _blamed([part for part in parts if part.layer in suspected])
+    return Attribution(run, metric, "ms", measured, simulated, parts, blamed, note)
+
+
+def _blamed(parts: Sequence[Part]) -> str | None:
+    """Of the layers with evidence against them the one that moves the error most, whichever way."""
+    return max(parts, key=lambda part: abs(part.change)).layer if parts else None
+
+
+def _beginning(measured: Run, twin: Twin) -> tuple[Run, Twin, npt.NDArray[np.bool_], list[str]]:
+    """Both runs, cut to the requests of the first steps where there are too many; which of them are judged; a note."""
+    everyone = np.ones(measured.requests.num_rows, np.bool_)
+    if not measured.has("steps") or measured.steps.num_rows <= MAX_STEPS:
+        return measured, twin, everyone, []
+    steps = measured.steps.slice(0, MAX_STEPS)
+    num_requests = int(pc.max(steps.column("request").combine_chunks().flatten()).as_py()) + 1
+    cut_ns = int(steps.column("start_ns")[-1].as_py())
+    first = Run(measured.info, {"requests": measured.requests.slice(0, num_requests), "steps": steps})
+    workload = Run(twin.workload.info, {"requests": twin.workload.requests.slice(0, num_requests)})
+    run = Run(twin.run.info, {"requests": twin.run.requests.slice(0, num_requests)})
+    # The later ones are there for the company they give; their own times end after the cut.
+    judged = first.requests.column("finish_ns").fill_null(cut_ns).to_numpy() < cut_ns
+    note = f"of the first {MAX_STEPS} steps: {int(judged.sum())} requests"
+    return first, Twin(workload, twin.config, twin.latency, twin.host, run), judged, [note]
+
+
+def _metrics(stage: Stage, measured: Run, twin: Twin, clock: Clock) -> Mapping[str, FloatArray]:
+    """Times of the requests at one stage, counted from where the measurement counts."""
+    if not stage.layer:
+        return request_metrics(Run(twin.run.info, {"requests": stage.requests}), clock)
+    start = measured.requests.column(clock).to_numpy().astype(np.float64)
+    first, finish = (
+        stage.requests.column(key).cast("float64", safe=False).to_numpy() for key in ("first_token_ns", "finish_ns")
+    )
+    gaps = measured.requests.column("output_tokens").to_numpy() - 1
+    tpot = np.full(len(gaps), np.nan)
+    np.divide((finish - first) / NS_PER_MS, gaps, out=tpot, where=gaps > 0)
+    output = twin.host.output_ns if clock == "arrival_ns" else 0
+    return {
+        "ttft_ms": (first + output - start) / NS_PER_MS,
+        "tpot_ms": tpot,
+        "latency_ms": (finish + output - start) / NS_PER_MS,
+    }
+
+
+def _missing(layers: Sequence[str]) -> list[str]:
+    """What the recording does not hold, and where its share went."""
+    notes = []
+    if layers[-1] == _ENGINE:
+        notes.append("the recording has no steps: what the engine does cannot be told apart")
+    if layers[-1] == _ALL:
+        notes.append("queued_ns is not recorded: nothing can be told apart")
+    if "cache" not in layers:
+        notes.append("cache hits are as recorded, or not recorded")
+    return notes
+
+
+def _summary(values: FloatArray, statistic: str) -> float:
+    return float(values.mean() if statistic == "mean" else np.quantile(values, QUANTILES[statistic]))
