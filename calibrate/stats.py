@@ -9,7 +9,6 @@ next one late, so resampling single requests would claim far more evidence than 
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,8 +18,11 @@ import numpy as np
 import numpy.typing as npt
 
 from kvtwin.calibrate.resamples import Resamples, running_total
+from kvtwin.traces import rng
 
 FloatArray = npt.NDArray[np.float64]
+
+stream = rng.stream  # one of its own for each name: one more metric shifts no other's interval
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +78,6 @@ def mape(measured: FloatArray, simulated: FloatArray) -> float:
     0.15
     """
     return float(np.mean(np.abs(relative_errors(measured, simulated))))
-
-
-def stream(seed: int, name: str) -> np.random.Generator:
-    """A random stream of its own for each name, so that one more metric shifts no other's interval."""
-    return np.random.default_rng([seed, zlib.crc32(name.encode())])
 
 
 # ---- statistics: what a resample does to a number ------------------------------------------------------------

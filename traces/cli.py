@@ -1,4 +1,4 @@
-"""`kvtwin trace`: look at runs and traces of any known format, and import them as Run folders."""
+"""`kvtwin trace`: look at runs and traces of any known format, import, export and generate them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvtwin.traces.export import add_command as add_export
+from kvtwin.traces.generate.cli import add_command as add_generate
 
 if TYPE_CHECKING:  # the commands import what they need, so that `kvtwin --help` starts at once
     from kvtwin.traces.run import Run
@@ -16,7 +17,9 @@ if TYPE_CHECKING:  # the commands import what they need, so that `kvtwin --help`
 
 def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `trace` with its sub-commands to the command line."""
-    trace = subparsers.add_parser("trace", help="look at runs and traces, import public formats")
+    trace = subparsers.add_parser(
+        "trace", help="look at runs and traces, import and export public formats, generate workloads"
+    )
     commands = trace.add_subparsers(dest="trace_command", required=True, metavar="COMMAND")
     formats = "; formats are told by content, or named: see traces/README.md"
 
@@ -35,6 +38,7 @@ def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
     load.add_argument("--json", action="store_true", help="print one JSON document")
     load.set_defaults(run=_import)
     add_export(commands)
+    add_generate(commands)
 
 
 def _add_format(parser: argparse.ArgumentParser) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from kvtwin.traces.errors import InputError
 
@@ -49,3 +51,19 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         if isinstance(error, OSError):
             raise InputError(f"cannot be written ({error.strerror})", path=target) from error
         raise
+
+
+@contextmanager
+def replacing_text(path: str | os.PathLike[str]) -> Iterator[IO[str]]:
+    """Like `replacing`, for UTF-8 text with Unix line ends; a name that ends in .gz compresses it, without a date inside.
+
+    Raises:
+        InputError: the place cannot be written to.
+    """
+    with replacing(path) as raw, ExitStack() as stack:
+        sink: Any = raw
+        if str(path).endswith(".gz"):
+            sink = stack.enter_context(gzip.GzipFile(filename="", fileobj=raw, mode="wb", compresslevel=5, mtime=0))
+        text = io.TextIOWrapper(sink, encoding="utf-8", newline="\n")
+        yield text
+        text.detach()  # flushed, and left open for what closes it

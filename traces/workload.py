@@ -74,7 +74,7 @@ def prefix_blocks(requests: pa.Table, hash_block_tokens: int | None, block_size:
     # Entries behind the prompt's last full engine block are no part of any.
     num_full = requests.column("input_tokens").to_numpy() // block_size
     used = np.minimum(counts, -(-num_full * block_size // hash_block_tokens))
-    depth = _places(counts)
+    depth = places(counts)
     is_used = depth < np.repeat(used, counts)
     values, depth = values[is_used], depth[is_used]
     node, num_nodes_at = _number_by_depth(_name_nodes(values, depth), depth)
@@ -98,7 +98,7 @@ def prefix_nodes(requests: pa.Table) -> list[list[int]]:
     request without hashes gets an empty list.
     """
     values, counts = _flat(requests.column("block_hashes"))
-    names = _name_nodes(values, _places(counts)).tolist()
+    names = _name_nodes(values, places(counts)).tolist()
     ends = np.cumsum(counts).tolist()
     return [names[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
@@ -110,10 +110,10 @@ def _flat(column: pa.ChunkedArray) -> tuple[npt.NDArray[np.uint64], IntArray]:
     return lists.flatten().to_numpy(), counts
 
 
-def _places(counts: IntArray) -> IntArray:
+def places(counts: IntArray) -> IntArray:
     """0 .. count - 1 for each count, laid end to end.
 
-    >>> _places(np.array([2, 0, 3])).tolist()
+    >>> places(np.array([2, 0, 3])).tolist()
     [0, 1, 0, 1, 2]
     """
     ends = np.cumsum(counts)
@@ -152,7 +152,7 @@ def _number_by_depth(names: IntArray, depth: IntArray) -> tuple[IntArray, IntArr
     _, first = np.unique(names, return_index=True)
     num_at = np.bincount(depth[first])
     number = np.empty(len(first), dtype=np.int64)
-    number[np.argsort(depth[first], kind="stable")] = _places(num_at)
+    number[np.argsort(depth[first], kind="stable")] = places(num_at)
     return number[names], num_at
 
 

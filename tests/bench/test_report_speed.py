@@ -38,7 +38,7 @@ from kvtwin.reports.aggregate import document
 from kvtwin.reports.aggregate.build import aggregate
 from kvtwin.reports.cli import use_malloc
 from kvtwin.reports.pages.target import render_target
-from kvtwin.traces.perfetto import write_perfetto
+from kvtwin.traces.writers.perfetto import write_perfetto
 from kvtwin.traces.run import Run
 from kvtwin.validate import checks_json
 

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from kvtwin.reports.cli import main
-from kvtwin.traces import perfetto
 from kvtwin.traces.errors import InputError
-from kvtwin.traces.perfetto import write_perfetto
 from kvtwin.traces.readers import read_run
 from kvtwin.traces.run import Run, RunInfo
 from kvtwin.traces.table import from_columns
+from kvtwin.traces.writers import perfetto
+from kvtwin.traces.writers.perfetto import write_perfetto
 
 HOSTILE = '</script>"\\\n\x00\ud83d\ude00'.encode("utf-16", "surrogatepass").decode("utf-16")
 

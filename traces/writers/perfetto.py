@@ -7,12 +7,9 @@ metadata ("M"). Each instance is a process. Times are microseconds from the run'
 
 from __future__ import annotations
 
-import gzip
-import io
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import IO, Any, Final
 
@@ -22,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from kvtwin.traces.files import replacing
+from kvtwin.traces.files import replacing_text
 from kvtwin.traces.run import Run
 from kvtwin.traces.table import check_table
 
@@ -57,14 +54,8 @@ def write_perfetto(run: Run, path: str | os.PathLike[str]) -> dict[str, int]:
     Raises:
         InputError: the place cannot be written to, or the run's tables break their schema.
     """
-    with replacing(path) as raw, ExitStack() as stack:
-        sink: Any = raw
-        if str(path).endswith(".gz"):
-            sink = stack.enter_context(gzip.GzipFile(filename="", fileobj=raw, mode="wb", compresslevel=5, mtime=0))
-        text = io.TextIOWrapper(sink, encoding="utf-8", newline="\n")
-        counts = _Writer(text, _origin_ns(run)).write(run)
-        text.detach()  # flushed, and left open for what closes it
-    return counts
+    with replacing_text(path) as text:
+        return _Writer(text, _origin_ns(run)).write(run)
 
 
 @dataclass

@@ -1,0 +1,1 @@
+"""Synthetic workloads: arrivals, lengths, conversations and shared prompts, from one seed."""

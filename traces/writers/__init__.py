@@ -1,0 +1,1 @@
+"""Writers of formats of other tools: one file each."""

@@ -1,0 +1,37 @@
+"""The `requests` table as CSV, for spreadsheets and scripts: columns and units of `schema.py`, unknown is empty."""
+
+from __future__ import annotations
+
+import os
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyarrow import csv
+
+from kvtwin.traces.files import replacing
+from kvtwin.traces.run import Run
+
+
+def write_csv(run: Run, path: str | os.PathLike[str]) -> int:
+    """Write the run's requests, replacing an older file: all of it or nothing.
+
+    Columns that are unknown throughout are left out; block hashes are separated by blanks.
+
+    Returns:
+        How many requests were written.
+
+    Raises:
+        InputError: the place cannot be written to.
+    """
+    table = run.requests
+    unknown = [
+        name for name in table.column_names if table.num_rows and table.column(name).null_count == table.num_rows
+    ]
+    table = table.drop_columns(unknown)
+    if "block_hashes" in table.column_names:
+        hashes = table.column("block_hashes").cast(pa.list_(pa.string()))
+        place = table.column_names.index("block_hashes")
+        table = table.set_column(place, "block_hashes", pc.binary_join(hashes, " "))
+    with replacing(path) as stream:
+        csv.write_csv(table, stream)
+    return int(table.num_rows)
