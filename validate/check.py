@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,9 @@ from kvtwin.traces.run import Run
 from kvtwin.traces.workload import with_prompts
 from kvtwin.validate.attribution.attribute import attribute
 from kvtwin.validate.attribution.hybrids import Twin
+from kvtwin.validate.beginning import beginning
 from kvtwin.validate.e2e import compare_e2e
+from kvtwin.validate.gates import Gates
 from kvtwin.validate.result import Attribution, Check, Comparison, ScheduleFinding, TargetReport
 from kvtwin.validate.scheduler.compare import compare_schedulers
 from kvtwin.validate.scheduler.predicted import replay_settings
@@ -36,6 +38,7 @@ from kvtwin.validate.target import Target, Workload
 
 Progress = Callable[[str], None]
 
+_MAX_REPLAYED_STEPS = 100_000  # a scheduler log is replayed call by call, at some 80 us a step
 _GPU_MEMORY_UTILIZATION = 0.9  # vLLM's default
 
 
@@ -172,16 +175,27 @@ def _judge_workload(
         if predictions is not None:
             metrics = floor.metrics if floor else None
             steps = compare_steps(predictions, name=name, floor=metrics, gates=target.gates, seed=seed)
-            asked = Run(run.info, {"requests": twin.workload.requests, "steps": run.steps}, name=name)
-            schedule, decisions = compare_schedulers(
-                run, replay_schedule(asked, config), name=name, gates=target.gates, seed=seed
-            )
+            schedule, decisions = _compare_schedule(run, twin, name, target.gates, seed)
             notes.schedules.append(schedule)
             judged = [*steps, *(check for check in decisions if _is_told(check, schedule)), *judged]
         progress(f"attributing {name}")
         notes.attributions += attribute(run, twin, name=name, clock=workload.clock, checks=judged, schedule=schedule)
         result.append((comparison, judged))
     return result
+
+
+def _compare_schedule(run: Run, twin: Twin, name: str, gates: Gates, seed: int) -> tuple[ScheduleFinding, list[Check]]:
+    """The recorded scheduler beside the simulated one under its clock: of a long run, its beginning."""
+    first, _ = beginning(run, _MAX_REPLAYED_STEPS)
+    prompts = twin.workload.requests.column("block_hashes").slice(0, first.requests.num_rows)
+    requests = first.requests.set_column(first.requests.schema.get_field_index("block_hashes"), "block_hashes", prompts)
+    asked = Run(twin.workload.info, {"requests": requests, "steps": first.steps}, name=name)
+    finding, checks = compare_schedulers(first, replay_schedule(asked, twin.config), name=name, gates=gates, seed=seed)
+    if first is run:
+        return finding, checks
+    note = f"the first {first.steps.num_rows} of {run.steps.num_rows} steps"
+    checks = [replace(check, note="; ".join([note, *([check.note] if check.note else [])])) for check in checks]
+    return replace(finding, not_judged=(f"steps after {note}", *finding.not_judged)), checks
 
 
 def _is_told(check: Check, schedule: ScheduleFinding) -> bool:

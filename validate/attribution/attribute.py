@@ -7,13 +7,13 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.compute as pc
 
 from kvtwin.calibrate.stats import FloatArray
 from kvtwin.traces.run import Run
 from kvtwin.traces.time import NS_PER_MS
 from kvtwin.validate.attribution.evidence import suspects
 from kvtwin.validate.attribution.hybrids import Stage, Twin, replay, stages
+from kvtwin.validate.beginning import beginning
 from kvtwin.validate.e2e import QUANTILES, Clock, request_metrics
 from kvtwin.validate.gates import TIMES
 from kvtwin.validate.result import Attribution, Check, Part, ScheduleFinding
@@ -97,10 +97,8 @@ def _beginning(measured: Run, twin: Twin) -> tuple[Run, Twin, npt.NDArray[np.boo
     everyone = np.ones(measured.requests.num_rows, np.bool_)
     if not measured.has("steps") or measured.steps.num_rows <= MAX_STEPS:
         return measured, twin, everyone, []
-    steps = measured.steps.slice(0, MAX_STEPS)
-    num_requests = int(pc.max(steps.column("request").combine_chunks().flatten()).as_py()) + 1
-    cut_ns = int(steps.column("start_ns")[-1].as_py())
-    first = Run(measured.info, {"requests": measured.requests.slice(0, num_requests), "steps": steps})
+    first, cut_ns = beginning(measured, MAX_STEPS)
+    num_requests = first.requests.num_rows
     workload = Run(twin.workload.info, {"requests": twin.workload.requests.slice(0, num_requests)})
     run = Run(twin.run.info, {"requests": twin.run.requests.slice(0, num_requests)})
     # The later ones are there for the company they give; their own times end after the cut.
