@@ -66,7 +66,10 @@ def test_a_family_gate_holds_for_its_members_and_no_others() -> None:
         ({"ttft": "5 %"}, "t.toml, gates.ttft: '5 %' is not a number"),
         ({"ttft": 5}, "t.toml, gates.ttft: 5 is above 1: an error is a fraction of the measurement (0.05 for 5 %)"),
         ({"ttft": {}}, "t.toml, gates.ttft: max_error is missing: it holds where there is no noise floor"),
-        ({"ttft": {"max_err": 1}}, "t.toml, gates.ttft: unknown key 'max_err'; known: max_error, floor_factor, max_drift"),
+        (
+            {"ttft": {"max_err": 1}},
+            "t.toml, gates.ttft: unknown key 'max_err'; known: max_error, floor_factor, max_drift",
+        ),
         (
             {"ttft": {"max_error": 0.1, "floor_factor": -1}},
             "t.toml, gates.ttft.floor_factor: -1 is negative",

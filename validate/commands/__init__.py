@@ -1,0 +1,1 @@
+"""`kvtwin validate LEVEL`, a file per level."""

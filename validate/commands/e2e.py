@@ -1,0 +1,81 @@
+"""`kvtwin validate e2e`: TTFT, TPOT, latency and throughput of two or more runs."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvtwin.validate.commands import common
+
+if TYPE_CHECKING:
+    from kvtwin.validate.result import Check
+
+
+def add(levels: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the level."""
+    parser = levels.add_parser("e2e", help="TTFT, TPOT, latency, throughput: a recorded run and a simulated one")
+    parser.add_argument("measured", type=Path, help="recorded run")
+    parser.add_argument(
+        "predicted",
+        type=Path,
+        nargs="+",
+        help="simulated runs (ours, or another simulator's output), or other recordings of the same workload",
+    )
+    parser.add_argument(
+        "--unpaired",
+        action="store_true",
+        help="the runs served different requests: compare distributions; an error whose interval holds 0 is none",
+    )
+    common.add_clock(parser)
+    common.add_repeats(parser)
+    common.add_judging(parser)
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from kvtwin.traces.errors import InputError
+    from kvtwin.traces.readers import read_run
+
+    if args.unpaired and args.repeats:
+        raise InputError("--repeats goes with paired runs: unpaired ones have no noise floor")
+    measured = read_run(args.measured)
+    found = [(str(path), _compare(args, measured, read_run(path))) for path in args.predicted]
+    if len(found) > 1:
+        _print_side_by_side(found, args)
+    elif args.json:
+        common.print_json({"checks": found[0][1]})
+    else:
+        common.print_checks(found[0][1])
+    return max(common.verdict_code(checks) for _, checks in found)
+
+
+def _compare(args: argparse.Namespace, measured: Any, predicted: Any) -> list[Check]:
+    from kvtwin.traces.readers import read_run
+    from kvtwin.validate.e2e import compare_e2e
+    from kvtwin.validate.peers import match_requests
+    from kvtwin.validate.unpaired import compare_unpaired
+
+    options: dict[str, Any] = {
+        "name": args.measured.name,
+        "clock": f"{args.clock}_ns",
+        "gates": common.read_gates(args),
+        "seed": args.seed,
+    }
+    if args.unpaired:
+        return compare_unpaired(measured, predicted, **options)
+    repeats = [measured, *(read_run(path) for path in args.repeats)] if args.repeats else []
+    return compare_e2e(measured, match_requests(measured, predicted), repeats=repeats, **options)
+
+
+def _print_side_by_side(found: list[tuple[str, list[Check]]], args: argparse.Namespace) -> None:
+    """Several predictions of one recording: a column for each, its value and its error."""
+    if args.json:
+        common.print_json({"predictions": [{"predicted": path, "checks": checks} for path, checks in found]})
+        return
+    for index, (path, _) in enumerate(found, 1):
+        print(f"({index}) {path}")
+    print(f"{'metric':20} {'measured':>12}" + "".join(f"{f'({n})':>14} {'error':>9}" for n in range(1, len(found) + 1)))
+    for row in zip(*(checks for _, checks in found), strict=True):
+        columns = "".join(f"  {common.number(check.simulated)} {check.error:+9.2%}" for check in row)
+        print(f"{row[0].metric:20} {common.number(row[0].measured)}{columns}")
