@@ -65,6 +65,16 @@ def request_metrics(run: Run, clock: Clock) -> dict[str, FloatArray]:
     }
 
 
+def throughput(run: Run, clock: Clock) -> float:
+    """Output tokens per second from the first start to the last finish, of requests that know both; NaN without any.
+
+    Raises:
+        InputError: see `request_metrics`.
+    """
+    side = _Side.of(run, clock)
+    return side.throughput(side.served())
+
+
 def compare_e2e(
     measured: Run,
     simulated: Run,
