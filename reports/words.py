@@ -129,6 +129,8 @@ def _share_of_gate(check: Check) -> float:
     if not math.isfinite(check.error):
         return math.inf
     threshold = check.threshold or 0.0
+    if not check.error:
+        return 0.0  # exact, as a gate of 0 asks for
     return abs(check.error) / threshold if threshold else math.inf
 
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from kvtwin.calibrate.stats import FloatArray
 from kvtwin.traces.run import Run
 from kvtwin.traces.time import NS_PER_MS
-from kvtwin.validate.attribution.evidence import suspects
+from kvtwin.validate.attribution.evidence import DECIDED, is_doubtful, suspects
 from kvtwin.validate.attribution.hybrids import Stage, Twin, replay, stages
 from kvtwin.validate.beginning import beginning
 from kvtwin.validate.e2e import QUANTILES, Clock, request_metrics
@@ -70,12 +70,18 @@ def attribute(
         known = judged & np.isfinite(chain).all(axis=0)
         for statistic in _STATISTICS if known.any() else ():
             numbers = [_summary(column[known], statistic) for column in chain]
-            result.append(_waterfall(name, f"{time}_{statistic}", layers, numbers, suspected, "; ".join(notes)))
+            result.append(_waterfall(name, f"{time}_{statistic}", layers, numbers, suspected, checks, "; ".join(notes)))
     return result
 
 
 def _waterfall(
-    run: str, metric: str, layers: Sequence[str], numbers: Sequence[float], suspected: set[str], note: str
+    run: str,
+    metric: str,
+    layers: Sequence[str],
+    numbers: Sequence[float],
+    suspected: set[str],
+    checks: Sequence[Check],
+    note: str,
 ) -> Attribution:
     """Numbers: of the twin, of each stage, and the measurement."""
     measured, simulated = numbers[-1], numbers[0]
@@ -83,13 +89,25 @@ def _waterfall(
         Part(layer, (before - after) / measured)
         for layer, before, after in zip(layers, numbers[:-1], numbers[1:], strict=True)
     )
-    blamed = _blamed([part for part in parts if part.layer in suspected])
+    check = next((check for check in checks if check.metric == metric), None)
+    doubtful = check is not None and is_doubtful(check)
+    blamed = _blamed(parts, simulated / measured - 1, suspected, doubtful=doubtful)
     return Attribution(run, metric, "ms", measured, simulated, parts, blamed, note)
 
 
-def _blamed(parts: Sequence[Part]) -> str | None:
-    """Of the layers with evidence against them the one that moves the error most, whichever way."""
-    return max(parts, key=lambda part: abs(part.change)).layer if parts else None
+def _blamed(parts: Sequence[Part], error: float, suspected: set[str], *, doubtful: bool) -> str | None:
+    """Of the layers with evidence against them the one that moves the error most.
+
+    Other decisions or hits than recorded are faults whatever they do end to end. The times of a layer are blamed for an
+    error that is there, and only if they make at least half of it.
+    """
+    accountable = [
+        part
+        for part in parts
+        if part.layer in suspected
+        and (part.layer in DECIDED or (not doubtful and 2 * part.change * np.sign(error) >= abs(error)))
+    ]
+    return max(accountable, key=lambda part: abs(part.change)).layer if accountable else None
 
 
 def _beginning(measured: Run, twin: Twin) -> tuple[Run, Twin, npt.NDArray[np.bool_], list[str]]:

@@ -17,6 +17,7 @@ from kvtwin.traces.run import Run
 from kvtwin.validate.attribution.hybrids import CACHE_AND_SCHEDULE, Twin
 from kvtwin.validate.result import Check, ScheduleFinding
 
+DECIDED: Final = ("cache", "schedule", CACHE_AND_SCHEDULE)  # layers that are right or wrong, without noise
 _SURE: Final = 2.58  # standard errors: 1 % by chance
 _FEW_HITS: Final = 0.005  # hits may move a little with the moment of an admission
 
