@@ -64,7 +64,15 @@ def test_the_truth_passes_every_gate(target: Path, capsys: pytest.CaptureFixture
     assert json.loads((out / "checks.json").read_text()) == document
     assert {row["error"] for row in document["checks"]} == {0.0}
     names = sorted(path.name for path in out.iterdir())
-    assert names == ["checks.json", "checks.md", "figures.json", "junit.xml", "profile.json", "report.html", "simulated"]
+    assert names == [
+        "checks.json",
+        "checks.md",
+        "figures.json",
+        "junit.xml",
+        "profile.json",
+        "report.html",
+        "simulated",
+    ]
     assert Run.open(out / "simulated" / "recorded").requests.num_rows == 40
     assert ET.parse(out / "junit.xml").getroot().get("failures") == "0"
     page = (out / "report.html").read_text()
