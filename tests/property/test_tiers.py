@@ -26,7 +26,8 @@ QUEUES = ("waiting_ns", "prefetch_ns", "running_ns", "swapped_ns")
 
 
 def column(run: Run, name: str) -> np.ndarray:
-    return run.requests.column(name).to_numpy()
+    values: np.ndarray = run.requests.column(name).to_numpy()
+    return values
 
 
 def check_queues(run: Run) -> None:

@@ -56,7 +56,7 @@ def last(run: Run, *names: str) -> list[int]:
         ),
     ],
 )
-def test_a_prompt_seen_before_comes_from_below(tiers: dict[str, float], cached: list[int], prefetch_ns: int) -> None:
+def test_a_prompt_seen_before_comes_from_below(tiers: dict[str, Any], cached: list[int], prefetch_ns: int) -> None:
     run = simulate(again(), VllmConfig(**ENGINE, **tiers), LATENCY, record_cache=True)
     assert last(run, "cached_tokens", "cached_host_tokens", "cached_storage_tokens") == cached
     assert last(run, "waiting_ns", "prefetch_ns", "running_ns", "swapped_ns") == [0, prefetch_ns, 1_000_000, 0]
