@@ -16,6 +16,7 @@ import pyarrow as pa
 
 import kvtwin.calibrate.cli
 import kvtwin.reports.check
+import kvtwin.reports.compare
 import kvtwin.reports.site
 import kvtwin.sim.cli
 import kvtwin.traces.cli
@@ -28,6 +29,7 @@ _FOLDERS = (
     kvtwin.calibrate.cli,
     kvtwin.sim.cli,
     kvtwin.validate.cli,
+    kvtwin.reports.compare,
     kvtwin.reports.check,
     kvtwin.reports.site,
 )
