@@ -1,0 +1,139 @@
+"""sim/examples: the commands of its README, as they stand there, and the physics of what comes out."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import kvtwin.sim
+from kvtwin.reports.cli import main
+from kvtwin.sim.engines import engine_config
+from kvtwin.sim.vllm.config import read_settings
+
+EXAMPLES = Path(kvtwin.sim.__path__[0]) / "examples"
+LEVELS = ("idle", "device", "host", "disk")
+
+
+def script() -> str:
+    found = re.search(
+        r"^```sh\n(.*?)^```", (EXAMPLES / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
+    assert found
+    return found[1].replace("X=sim/examples", f"X='{EXAMPLES}'")
+
+
+@pytest.fixture(scope="module")
+def levels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the README's commands write."""
+    folder = tmp_path_factory.mktemp("examples")
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    command = ["sh", "-e", "-c", script()]
+    done = subprocess.run(
+        command, cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return folder / "levels"
+
+
+@pytest.fixture
+def found(levels: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, list[float]]:
+    """Each metric of the four levels."""
+    assert main(["compare", *(str(levels / level) for level in LEVELS), "--json"]) == 0
+    document: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert document["notes"] == []
+    return {metric["name"]: metric["values"] for metric in document["metrics"]}
+
+
+def test_each_level_finds_more_and_waits_less(found: dict[str, list[float]]) -> None:
+    idle, device, host, disk = found["cached_tokens"]
+    assert 0 == idle < device < host < disk
+    assert found["cached_host_tokens"][:2] == [0, 0]
+    assert found["cached_storage_tokens"][:3] == [0, 0, 0]
+    assert min(found["cached_host_tokens"][2:]) > 0
+    assert found["cached_storage_tokens"][3] > 0
+    for metric in ("ttft_mean", "ttft_p50", "ttft_p99", "tpot_mean", "latency_mean"):
+        assert found[metric] == sorted(found[metric], reverse=True), metric
+    assert found["ttft_mean"][3] < 0.01 * found["ttft_mean"][0]
+    assert found["throughput"][0] < found["throughput"][1] <= found["throughput"][2] <= found["throughput"][3] * 1.001
+
+
+def test_found_and_computed_tokens_are_the_prompts(found: dict[str, list[float]]) -> None:
+    parts = ("cached_device_tokens", "cached_host_tokens", "cached_storage_tokens", "computed_tokens")
+    totals = {sum(found[part][level] for part in parts) for level in range(4)}
+    assert len(totals) == 1
+    assert found["prefetch_mean"][:2] == [0, 0]
+    assert found["prefetch_mean"][3] > 0
+
+
+def test_the_readme_shows_what_comes_out(found: dict[str, list[float]]) -> None:
+    text = (EXAMPLES / "README.md").read_text(encoding="utf-8")
+    shown = {
+        line.split("|")[1].strip(): [float(re.sub(r"\(.*", "", cell).split()[0]) for cell in line.split("|")[2:-1]]
+        for line in text.splitlines()
+        if re.match(r"\| (TTFT|TPOT|latency|output|hit rate|computed|fetched|loaded|prompt)", line)
+    }
+    rows = {
+        "TTFT mean": ("ttft_mean", 1e-3),
+        "TTFT p99": ("ttft_p99", 1e-3),
+        "TPOT mean": ("tpot_mean", 1),
+        "latency mean": ("latency_mean", 1e-3),
+        "output throughput": ("throughput", 1),
+        "prompt tokens found in HBM": ("cached_device_tokens", 1e-6),
+        "loaded from host DRAM": ("cached_host_tokens", 1e-6),
+        "fetched from SSD": ("cached_storage_tokens", 1e-6),
+        "computed": ("computed_tokens", 1e-6),
+        "hit rate": ("hit_rate", 100),
+    }
+    assert shown.keys() == rows.keys()
+    for label, (metric, scale) in rows.items():
+        assert shown[label] == pytest.approx([scale * value for value in found[metric]], rel=0.005), label
+
+
+def test_the_page_is_written(levels: Path) -> None:
+    page = (levels / "page.html").read_text(encoding="utf-8")
+    assert "IDLE / DEVICE / HOST / DISK" in page
+    assert "hicache_storage_backend" in page
+
+
+@pytest.mark.parametrize("engine", ["sglang", "vllm"])
+def test_the_levels_differ_in_nothing_but_the_cache(engine: str) -> None:
+    files = {level: EXAMPLES / f"{engine}-{level}.toml" for level in LEVELS}
+    settings = {level: read_settings(path) for level, path in files.items()}
+    caching = {"disable_radix_cache", "enable_prefix_caching"}
+    common = [
+        {
+            key: value
+            for key, value in found.items()
+            if key not in caching and not key.startswith(("hicache", "kv_", "enable_h"))
+        }
+        for found in settings.values()
+    ]
+    assert common.count(common[0]) == 4
+    assert settings["device"].items() <= settings["host"].items()
+    for level, path in files.items():
+        engine_config(settings[level], path)
+
+
+def test_vllm_s_levels_simulate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A small workload: the files are good, and a lower level never finds less."""
+    words = ("--num-conversations", "12", "--prefix-len", "3000", "--turn-interval", "5", "--num-turns", "3")
+    assert main(["trace", "generate", "multi-turn", *words, "-o", str(tmp_path / "w")]) == 0
+    hits = []
+    for level in LEVELS:
+        words = (
+            "--engine",
+            str(EXAMPLES / f"vllm-{level}.toml"),
+            "--profile",
+            str(EXAMPLES / "h100-llama-3.1-8b.json"),
+        )
+        capsys.readouterr()
+        assert main(["simulate", str(tmp_path / "w"), *words, "-o", str(tmp_path / level), "--json"]) == 0
+        hits.append(json.loads(capsys.readouterr().out)["metrics"]["cached_tokens"])
+    assert 0 == hits[0] < hits[1] <= hits[2] <= hits[3]
