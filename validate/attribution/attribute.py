@@ -22,6 +22,7 @@ REMAINDER: Final = "remainder"
 _ENGINE: Final = "step times, host, schedule"  # where the recording has no steps
 _ALL: Final = "arrival, step times, host, schedule"  # ... and does not say when requests reached the engine
 MAX_STEPS: Final = 40_000  # recorded layers run in the plain loop, some 50 us a step
+_NEGLIGIBLE: Final = 0.001
 _STATISTICS: Final = ("mean", "p50", "p90")
 
 
@@ -90,8 +91,9 @@ def _waterfall(
         for layer, before, after in zip(layers, numbers[:-1], numbers[1:], strict=True)
     )
     check = next((check for check in checks if check.metric == metric), None)
-    doubtful = check is not None and is_doubtful(check)
-    blamed = _blamed(parts, simulated / measured - 1, suspected, doubtful=doubtful)
+    error = simulated / measured - 1
+    doubtful = abs(error) < _NEGLIGIBLE or (check is not None and is_doubtful(check))
+    blamed = _blamed(parts, error, suspected, doubtful=doubtful)
     return Attribution(run, metric, "ms", measured, simulated, parts, blamed, note)
 
 

@@ -150,7 +150,10 @@ def _recorded_hits(measured: Run, twin: Twin) -> IntArray | None:
 
 
 def _as_recorded(measured: Run) -> pa.Table:
-    """First tokens and finishes as the recorded steps say: the update of the step that made the token."""
+    """First tokens and finishes as the recorded steps say: the update of the step that made the token.
+
+    Where the log says with which step a request finished, that counts: an overlapping loop may run it once more.
+    """
     steps, requests = measured.steps, measured.requests
     done = steps.column("update_ns")
     done_ns = (steps.column("end_ns") if done.null_count else done).to_numpy()
@@ -164,6 +167,9 @@ def _as_recorded(measured: Run) -> pa.Table:
     rows, times = row[makes_token], at[makes_token]
     first[rows[::-1]] = times[::-1]  # the earliest, since later assignments win
     finish[rows] = times
+    ended = steps.column("finished").combine_chunks()
+    if not ended.null_count:
+        finish[ended.flatten().to_numpy()] = np.repeat(done_ns, np.diff(ended.offsets.to_numpy()))
     for name, values in (("first_token_ns", first), ("finish_ns", finish)):
         index = requests.schema.get_field_index(name)
         requests = requests.set_column(index, name, pa.array(values, mask=values < 0))

@@ -52,6 +52,7 @@ def _attribute(args: argparse.Namespace) -> list[Attribution]:
     from kvtwin.traces.workload import with_prompts
     from kvtwin.validate.attribution.attribute import attribute
     from kvtwin.validate.attribution.hybrids import Twin, replay
+    from kvtwin.validate.e2e import compare_e2e
     from kvtwin.validate.scheduler.compare import compare_schedulers
     from kvtwin.validate.scheduler.predicted import replay_settings
     from kvtwin.validate.step import build_predictions, compare_steps
@@ -64,10 +65,10 @@ def _attribute(args: argparse.Namespace) -> list[Attribution]:
     run = simulate_engine(workload, config, latency, profile.host, record_steps=False)
     twin = Twin(workload, config, latency, profile.host, run)
     name, options = args.measured.name, {"seed": args.seed}
-    evidence: dict[str, Any] = {}
+    clock: Any = f"{args.clock}_ns"
+    checks, schedule = compare_e2e(measured, run, name=name, clock=clock, **options), None
     if measured.has("steps"):
         predicted = latency.step_ns(BatchStats.of_steps(measured.steps), 0)
-        evidence["checks"] = compare_steps(build_predictions(measured.steps, predicted), name=name, **options)
-        evidence["schedule"], _ = compare_schedulers(measured, replay(measured, twin), name=name, **options)
-    clock: Any = f"{args.clock}_ns"
-    return attribute(measured, twin, name=name, clock=clock, **evidence)
+        checks += compare_steps(build_predictions(measured.steps, predicted), name=name, **options)
+        schedule, _ = compare_schedulers(measured, replay(measured, twin), name=name, **options)
+    return attribute(measured, twin, name=name, clock=clock, checks=checks, schedule=schedule)
