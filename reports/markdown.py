@@ -6,7 +6,7 @@ import html
 import re
 from collections.abc import Sequence
 
-from kvtwin.reports.words import cells, describe_drift, noise_floor_sentence, summary, title, verdict_word
+from kvtwin.reports.words import causes, cells, describe_drift, noise_floor_sentence, summary, title, verdict_word
 from kvtwin.validate.result import Check, Drift, TargetReport
 
 _HEADINGS = ("run", "level", "metric", "measured", "simulated", "error", "95 % interval", "noise floor", "gate")
@@ -22,6 +22,8 @@ def render_markdown(report: TargetReport) -> str:
         lines.append("|---|---|---|" + "---:|" * (len(_HEADINGS) - 3) + "---|")
         lines += [_row(check) for check in report.checks]
         lines.append("")
+    if found := causes(report):
+        lines += ["**What the errors come from**", "", *(f"- {escape(text)}" for text in found), ""]
     if report.drifts:
         lines += ["**Since the accepted report**", "", *(_drift_line(drift) for drift in report.drifts), ""]
     floors = dict.fromkeys(noise_floor_sentence(comparison.repeats) for comparison in report.comparisons)

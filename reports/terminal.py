@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import TextIO
 
-from kvtwin.reports.words import Cells, cells, describe_drift, summary, title, verdict_word
+from kvtwin.reports.words import Cells, causes, cells, describe_drift, summary, title, verdict_word
 from kvtwin.validate.result import TargetReport
 
 # Column heading, field of Cells, and how soon it may be left out when the terminal is narrow (0: never).
@@ -44,6 +44,8 @@ def render_terminal(report: TargetReport, *, width: int = 120, colour: bool = Fa
     left_out = [column[0] for column in _COLUMNS if column not in columns]
     lines = [f"{_plain(title(report))}: {_paint(verdict_word(report), colour)}", _plain(summary(report)), ""]
     lines += _table(columns, rows, colour) if rows else ["no checks"]
+    if found := causes(report):
+        lines += ["", "what the errors come from:", *(_plain(f"  {text}") for text in found)]
     if report.drifts:
         lines += ["", "since the accepted report:"]
         lines += [

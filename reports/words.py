@@ -124,6 +124,17 @@ def describe_drift(drift: Drift) -> str:
     return ", ".join(parts)
 
 
+def causes(report: TargetReport) -> list[str]:
+    """Which layer causes the errors of the means, a line per run and layer; none where nobody is to blame."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for attribution in report.attributions:
+        if attribution.blamed is not None and attribution.metric.endswith("_mean"):
+            change = next(part.change for part in attribution.parts if part.layer == attribution.blamed)
+            text = f"{attribution.metric} {percent(change, signed=True)}"
+            found.setdefault((attribution.run, attribution.blamed), []).append(text)
+    return [f"{run}: {layer} ({', '.join(texts)})" for (run, layer), texts in found.items()]
+
+
 def _share_of_gate(check: Check) -> float:
     """How much of its gate a check uses up; an error that is not a number is the worst of all."""
     if not math.isfinite(check.error):

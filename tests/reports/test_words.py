@@ -7,9 +7,11 @@ from dataclasses import replace
 
 import pytest
 
+from kvtwin.reports.markdown import render_markdown
 from kvtwin.reports.numbers import number, percent, percent_interval
-from kvtwin.reports.words import cells, clock_sentence, noise_floor_sentence, summary, verdict_word
-from kvtwin.validate.result import TargetReport
+from kvtwin.reports.terminal import render_terminal
+from kvtwin.reports.words import causes, cells, clock_sentence, noise_floor_sentence, summary, verdict_word
+from kvtwin.validate.result import Attribution, Part, TargetReport
 
 
 @pytest.mark.parametrize(
@@ -59,3 +61,14 @@ def test_the_noise_floor_is_explained_only_where_recordings_repeat(report: Targe
     assert "recorded 2 times (alpha, alpha_2)" in noise_floor_sentence(report.comparisons[0].repeats)
     assert noise_floor_sentence(report.comparisons[1].repeats) == ""
     assert "the engine's clock" in clock_sentence(report.comparisons[0].clock)
+
+
+def test_causes_name_the_layer_and_what_it_does_to_the_means() -> None:
+    def waterfall(metric: str, blamed: str | None) -> Attribution:
+        parts = (Part("arrival", 0.01), Part("step times", 0.09), Part("remainder", 0.0))
+        return Attribution("run", metric, "ms", 10.0, 11.0, parts, blamed)
+
+    found = (waterfall("ttft_mean", "step times"), waterfall("ttft_p90", "step times"), waterfall("tpot_mean", None))
+    report = TargetReport({"name": "t"}, (), (), attributions=found)
+    assert causes(report) == ["run: step times (ttft_mean +9.00 %)"]
+    assert "run: step times" in render_terminal(report) and "run: step times" in render_markdown(report)
