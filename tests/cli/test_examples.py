@@ -134,6 +134,6 @@ def test_vllm_s_levels_simulate(tmp_path: Path, capsys: pytest.CaptureFixture[st
             str(EXAMPLES / "h100-llama-3.1-8b.json"),
         )
         capsys.readouterr()
-        assert main(["simulate", str(tmp_path / "w"), *words, "-o", str(tmp_path / level), "--json"]) == 0
+        assert main(["simulate", str(tmp_path / "w"), *engine, "-o", str(tmp_path / level), "--json"]) == 0
         hits.append(json.loads(capsys.readouterr().out)["metrics"]["cached_tokens"])
     assert 0 == hits[0] < hits[1] <= hits[2] <= hits[3]

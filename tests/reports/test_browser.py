@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,34 +25,7 @@ from kvtwin.validate.result import TargetReport
 
 from .conftest import stored
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 WAIT_S = 5
-
-
-@pytest.fixture(scope="module")
-def driver() -> Iterator[Any]:
-    """One browser for this file; without one, the tests say what is missing."""
-    browser = os.environ.get("KVTWIN_CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
-    chromedriver = shutil.which("chromedriver")
-    if not browser or not chromedriver:
-        pytest.skip("needs chromium and chromedriver (apt-get install chromium chromium-driver)")
-    from selenium.webdriver import Chrome, ChromeOptions
-    from selenium.webdriver.chrome.service import Service
-
-    options = ChromeOptions()
-    options.binary_location = browser
-    for flag in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-dev-shm-usage",
-        "--window-size=1280,1000",
-        "--force-prefers-reduced-motion",
-    ):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    chrome = Chrome(options=options, service=Service(chromedriver))
-    yield chrome
-    chrome.quit()
 
 
 def show(driver: Any, path: Path) -> None:
