@@ -105,8 +105,11 @@ class PlainLoop:
             if len(self.in_flight) < self.depth and executed:
                 return True  # step_with_batch_queue: fill the queue first
         if self.in_flight:
-            self._update(self.in_flight.popleft())
-        return executed or preempted or bool(self.in_flight) or self._wait()
+            done = self.in_flight.popleft()
+            self._update(done)
+            executed |= not done.plan.is_empty
+        # An empty plan in flight is nothing to wait for: while transfers hold all requests back, there is always one.
+        return executed or preempted or any(not batch.plan.is_empty for batch in self.in_flight) or self._wait()
 
     def _add_arrived(self) -> None:
         clock, arrival_ns = self.clock, self._requests.arrival_ns

@@ -14,8 +14,12 @@ import pytest
 
 import kvtwin.sim
 from kvtwin.reports.cli import main
-from kvtwin.sim.engines import engine_config
+from kvtwin.sim.engines import engine_config, simulate_engine
+from kvtwin.sim.latency.profile import read_profile
 from kvtwin.sim.vllm.config import read_settings
+from kvtwin.traces.generate.conversations import Conversations, generate
+from kvtwin.traces.generate.distribution import Distribution
+from kvtwin.traces.run import Run
 
 EXAMPLES = Path(kvtwin.sim.__path__[0]) / "examples"
 LEVELS = ("idle", "device", "host", "disk")
@@ -121,19 +125,36 @@ def test_the_levels_differ_in_nothing_but_the_cache(engine: str) -> None:
         engine_config(settings[level], path)
 
 
-def test_vllm_s_levels_simulate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A small workload: the files are good, and a lower level never finds less."""
-    words = ("--num-conversations", "12", "--prefix-len", "3000", "--turn-interval", "5", "--num-turns", "3")
-    assert main(["trace", "generate", "multi-turn", *words, "-o", str(tmp_path / "w")]) == 0
-    hits = []
-    for level in LEVELS:
-        words = (
-            "--engine",
-            str(EXAMPLES / f"vllm-{level}.toml"),
-            "--profile",
-            str(EXAMPLES / "h100-llama-3.1-8b.json"),
-        )
-        capsys.readouterr()
-        assert main(["simulate", str(tmp_path / "w"), *engine, "-o", str(tmp_path / level), "--json"]) == 0
-        hits.append(json.loads(capsys.readouterr().out)["metrics"]["cached_tokens"])
-    assert 0 == hits[0] < hits[1] <= hits[2] <= hits[3]
+def simulate_vllm(level: str, times_smaller: int, turn_interval: str) -> Run:
+    """A small workload on a vLLM file as it is but for the sizes of GPU and host."""
+    spec = Conversations(
+        num_conversations=20,
+        rate_per_s=1.0,
+        burstiness=1.0,
+        num_turns=Distribution.parse("3"),
+        turn_interval_s=Distribution.parse(turn_interval),
+        common_prefix_tokens=512,
+        prefix_tokens=Distribution.parse("4000"),
+        input_tokens=Distribution.parse("300"),
+        output_tokens=Distribution.parse("50"),
+    )
+    path = EXAMPLES / f"vllm-{level}.toml"
+    settings = read_settings(path)
+    settings["num_gpu_blocks"] //= times_smaller
+    if "kv_offloading_size" in settings:
+        settings["kv_offloading_size"] /= times_smaller
+    latency = read_profile(EXAMPLES / "h100-llama-3.1-8b.json").latency_model()
+    return simulate_engine(generate(spec), engine_config(settings, path), latency)
+
+
+def test_vllm_s_levels_find_more_and_more() -> None:
+    runs = [simulate_vllm(level, 15, "exponential:12") for level in LEVELS]
+    idle, device, host, disk = (sum(run.requests.column("cached_tokens").to_pylist()) for run in runs)
+    assert 0 == idle < device < host < disk
+
+
+def test_time_goes_on_while_all_that_wait_wait_for_the_disk() -> None:
+    """Asynchronous scheduling then has an empty plan in flight at every step, which is no work to wait for."""
+    run = simulate_vllm("disk", 25, "15")
+    assert run.requests.column("finish_ns").null_count == 0
+    assert sum(run.requests.column("cached_storage_tokens").to_pylist()) > 0
