@@ -146,9 +146,8 @@ def _turns(spec: Conversations) -> _Turns:
     waited_ns = np.cumsum(np.rint(waits_s * NS_PER_S).astype(np.int64))
     arrival_ns = (starts - waited_ns[first])[conversation] + waited_ns
 
-    fits = prompt + answered <= (
-        spec.max_model_len or MAX_TOKENS
-    )  # a turn that does not fit has none after it that does
+    # Prompts only grow: after a turn that does not fit, none does.
+    fits = prompt + answered <= (spec.max_model_len or MAX_TOKENS)
     if not fits.any():
         raise InputError(f"max_model_len is {spec.max_model_len}: not one first turn fits")
     rows = np.flatnonzero(fits)
