@@ -60,7 +60,7 @@ def test_vllm_bench_is_what_the_client_saw(samples: Samples, tmp_path: Path) -> 
         ("vidur_requests", "44.0", "44.5", "request_num_decode_tokens: 44.5 tokens"),
         ("vidur_requests", "1.5,0.25", "nan,0.25", "row 2, request_e2e_time: 'nan' is not a number"),
         ("vidur_requests", "\n1,", "\n2,", "row 3, Request Id: 1 expected"),
-        ("blis", "20.5,\n      \"itl", "-1,\n      \"itl", "row 1, ttft_ms: -1 s is out of range"),
+        ("blis", "20.5,\n      \"itl", "-1,\n      \"itl", "row 1, ttft_ms: -1 milliseconds is out of range"),
         ("blis", '"requests"', '"request"', "requests: a list of requests expected"),
         ("vllm_bench", '"start_times"', '"starts"', "start_times: a list .* --save-detailed"),
         ("vllm_bench", "[3, 0, 1]", "[3, 0]", "differ in length: 3, 2, 3, 3, 3"),

@@ -167,13 +167,13 @@ class Row:
         """A time stamp or duration that the file gives in integer nanoseconds, not negative."""
         return self.integer(column, 0, MAX_TIME_NS)
 
-    def seconds(self, column: str) -> float:
-        """A finite number of seconds, not negative."""
+    def seconds(self, column: str, unit: str = "seconds") -> float:
+        """A finite number of seconds, or of another `unit`, not negative."""
         value = self.get(column)
         if isinstance(value, bool) or not isinstance(value, int | float):
-            self.fail(column, f"{_show(value)} is not a number of seconds")
+            self.fail(column, f"{_show(value)} is not a number of {unit}")
         if not 0 <= value <= MAX_TIME_NS // 10**9:  # NaN fails too
-            self.fail(column, f"{_show(value)} s is out of range: 0 to {MAX_TIME_NS // 10**9} expected")
+            self.fail(column, f"{_show(value)} {unit} is out of range: 0 to {MAX_TIME_NS // 10**9} expected")
         return float(value)
 
     def exact_seconds(self, column: str) -> int:

@@ -52,5 +52,5 @@ def _read_row(row: Row) -> dict[str, Any]:
 
 def _after(row: Row, column: str, arrival: int) -> int | None:
     """Arrival plus a duration in milliseconds; None where it is 0, which BLIS writes for what never happened."""
-    elapsed = row.seconds(column)  # checks that it is a number in range; the unit is milliseconds
+    elapsed = row.seconds(column, "milliseconds")
     return arrival + round(elapsed * NS_PER_MS) if elapsed else None

@@ -5,9 +5,9 @@
 
 `arrival` and `end_time` are on the simulator's clock, the others are durations: latency = end_time - arrival, TTFT
 counts from arrival, TPOT = (latency - TTFT) / (output - 1), rounded down. `output` is the tokens generated (the file
-leaves out the prompt). Unit and rules were
-checked on the prediction in ../shared/data/runs/llmservingsim, which ends with TPOT; later versions append ITL (a list
-in quotes, not read). Requests are numbered, in the order of the replayed file.
+leaves out the prompt). Unit and rules hold in each of the 300 rows of the prediction in ../shared/data, which ends with
+TPOT; an ITL column after it (a list in quotes) is known from other repositories' files only, and not read. Requests are
+numbered, in the order of the replayed file.
 """
 
 from __future__ import annotations

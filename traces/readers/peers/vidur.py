@@ -62,7 +62,10 @@ def read(path: Path) -> Run:
 
 def _rows(path: Path) -> list[Row]:
     lines = list(read_lines(path))
-    header = next(csv.reader([lines[0][1]])) if lines else []
+    try:
+        header = next(csv.reader([lines[0][1]]), []) if lines else []
+    except csv.Error as error:
+        raise InputError(f"not a header of CSV ({error})", path=path, row=1) from error
     missing = [name for name in COLUMNS if name not in header]
     if missing:
         raise InputError("column is missing", path=path, row=1, column=missing[0])
