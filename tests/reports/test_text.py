@@ -15,11 +15,12 @@ from kvtwin.validate.result import TargetReport
 def test_the_terminal_table_is_aligned_and_complete(report: TargetReport) -> None:
     lines = render_terminal(report, width=200).splitlines()
     assert lines[0] == "tiny: fail"
-    head, rule, *rows = lines[3:]
+    table, causes = lines[3:9], lines[9:]
+    head, rule, *rows = table
     assert [len(part) for part in rule.split()] == [len(part) for part in rule.split("  ")]
     words = "run level metric measured simulated error 95 % interval noise floor gate verdict"
     assert " ".join(head.split()) == words
-    assert len(rows) == 4
+    assert causes[:2] == ["", "what the errors come from:"]
     assert "  -8.60 %  -10.0 to -7.00 %       2.00 %  5.00 %  fail" in rows[0]
     assert {row.index("ms") for row in rows[:2]} == {rows[0].index("ms")}
 
