@@ -12,7 +12,7 @@ from kvtwin.calibrate.stats import FloatArray
 from kvtwin.traces.run import Run
 from kvtwin.traces.time import NS_PER_MS
 from kvtwin.validate.attribution.evidence import DECIDED, is_doubtful, suspects
-from kvtwin.validate.attribution.hybrids import Stage, Twin, replay, stages
+from kvtwin.validate.attribution.hybrids import HOST_AND_SCHEDULE, Stage, Twin, knows_calls, replay, stages
 from kvtwin.validate.beginning import beginning
 from kvtwin.validate.e2e import QUANTILES, Clock, request_metrics
 from kvtwin.validate.gates import TIMES
@@ -57,12 +57,16 @@ def attribute(
     """
     measured, twin, judged, notes = _beginning(measured, twin)
     found = list(stages(measured, twin))
-    replayed = replay(measured, twin) if measured.has("steps") else None
-    suspected = suspects(measured, twin, replayed, schedule, checks)
+    knows = measured.has("steps") and knows_calls(measured, twin.config)
+    # A replay at guessed times decides otherwise for that alone, which is evidence against nobody.
+    replayed, decisions = (replay(measured, twin), schedule) if knows else (None, None)
+    suspected = suspects(measured, twin, replayed, decisions, checks)
     truth = request_metrics(measured, clock)
     values = [_metrics(stage, measured, twin, clock) for stage in found]
     layers = [stage.layer for stage in found[1:]]
-    layers.append(REMAINDER if "host" in layers else _ENGINE if "arrival" in layers else _ALL)
+    layers.append(
+        REMAINDER if "arrival" in layers and measured.has("steps") else _ENGINE if "arrival" in layers else _ALL
+    )
     notes += _missing(layers)
     result = []
     for time in TIMES:
@@ -149,6 +153,8 @@ def _metrics(stage: Stage, measured: Run, twin: Twin, clock: Clock) -> Mapping[s
 def _missing(layers: Sequence[str]) -> list[str]:
     """What the recording does not hold, and where its share went."""
     notes = []
+    if HOST_AND_SCHEDULE in layers:
+        notes.append("sched_ns is not recorded and the engine schedules ahead: host and schedule share a bar")
     if layers[-1] == _ENGINE:
         notes.append("the recording has no steps: what the engine does cannot be told apart")
     if layers[-1] == _ALL:

@@ -29,6 +29,8 @@ from kvtwin.validate.scheduler.replay import replay_schedule
 
 CACHE_AND_SCHEDULE: Final = "cache and schedule"  # of SGLang, whose hits cannot be set to the recorded ones
 
+HOST_AND_SCHEDULE: Final = "host and schedule"  # where it is not known when the recorded schedule() was called
+
 
 @dataclass(frozen=True)
 class Twin:
@@ -81,9 +83,18 @@ def stages(measured: Run, twin: Twin) -> Iterator[Stage]:
     if not measured.has("steps"):
         return
     yield Stage("step times", dataclasses.replace(loop, steps=measured.steps).serve(twin.latency))
+    if not knows_calls(measured, twin.config):
+        yield Stage(HOST_AND_SCHEDULE, _as_recorded(measured))
+        return
     yield Stage("host", replay(measured, twin, hits).requests)
     layer = "schedule" if isinstance(twin.config, VllmConfig) else CACHE_AND_SCHEDULE
     yield Stage(layer, _as_recorded(measured))
+
+
+def knows_calls(measured: Run, config: EngineConfig) -> bool:
+    """Whether it is known when schedule() was called: recorded, or, of an engine that does not schedule ahead, clear."""
+    ahead = config.async_scheduling if isinstance(config, VllmConfig) else not config.disable_overlap_schedule
+    return not (ahead and measured.steps.column("sched_ns").null_count)
 
 
 def replay(measured: Run, twin: Twin, hits: IntArray | None = None) -> Run:
