@@ -1,9 +1,9 @@
 """KV blocks below the GPU's pool: host memory, and a disk under it.
 
 Follows vLLM's `OffloadingConnector` (`kv_connector/v1/offloading_connector.py`: `get_num_new_matched_tokens`,
-`_get_reqs_to_store`, `request_finished`) with `kv_offload/lru_manager.py` (`LRUOffloadingManager`), and for the disk
-`kv_offload/tiering/manager.py` (what is stored on the host goes on to the disk; what is only there is brought to the
-host first, and the request asks again later).
+`_get_reqs_to_store`, `request_finished`) with `kv_offload/lru_manager.py` (`LRUOffloadingManager`). The disk is meant to
+be `kv_offload/tiering/manager.py` (what is stored on the host goes on to the disk; what is only there is brought to the
+host first, and the request asks again later), but was not checked against it.
 
 Ours, because the connector's worker decides it by CUDA events: a store is sent when the step that fills its blocks has
 run, and a load when its request is scheduled; each is seen by the first schedule() call after it has ended. A request

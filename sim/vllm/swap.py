@@ -1,7 +1,8 @@
 """Swap-based preemption: the victim's KV waits in host memory instead of being computed again.
 
-vLLM V1 always recomputes; this is V0's option (0.5 `core/scheduler.py`: `_preempt_by_swap`, `_schedule_swapped`;
-`worker/worker.py` `execute_worker`: the copies of a step run before its model, so the step waits for them).
+vLLM V1 always recomputes; this is V0's option, after 0.5 `core/scheduler.py` (`_preempt_by_swap`, `_schedule_swapped`)
+and `worker/worker.py` (`execute_worker`: the copies of a step run before its model, so the step waits for them). It was
+written from memory of those and not checked line by line: V0 versions differ in the order of the swapped queue.
 """
 
 from __future__ import annotations
