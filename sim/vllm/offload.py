@@ -45,6 +45,7 @@ class Level:
     def __init__(self, num_blocks: int, on_evict: Callable[[int], None]) -> None:
         self.num_blocks, self._on_evict = num_blocks, on_evict
         self._held: OrderedDict[int, _Held] = OrderedDict()
+        self._num_evictable = 0  # ready, and read by nobody: no search where there are too few
 
     def __len__(self) -> int:
         return len(self._held)
@@ -67,38 +68,47 @@ class Level:
         """Make room for those that are not there; returns these, or None where blocks in use leave too little room."""
         wanted = [key for key in dict.fromkeys(keys) if key not in self._held]
         short = len(wanted) - (self.num_blocks - len(self._held))
+        if short > self._num_evictable:
+            return None
         victims: list[int] = []
         for key, held in self._held.items():
             if len(victims) >= short:
                 break
             if held.is_ready and not held.num_readers:
                 victims.append(key)
-        if len(victims) < short:
-            return None
         for key in victims:
             del self._held[key]
             self._on_evict(key)
+        self._num_evictable -= len(victims)
         self._held.update((key, _Held()) for key in wanted)
         return wanted
 
     def complete_store(self, keys: Iterable[int]) -> None:
         """Their content is there."""
         for key in keys:
-            self._held[key].is_ready = True
+            held = self._held[key]
+            self._num_evictable += not held.is_ready and not held.num_readers
+            held.is_ready = True
 
     def read(self, keys: Iterable[int]) -> None:
         """A transfer reads them: they stay until `read_done`."""
         for key in keys:
-            self._held[key].num_readers += 1
+            held = self._held[key]
+            self._num_evictable -= held.is_ready and not held.num_readers
+            held.num_readers += 1
 
     def read_done(self, keys: Iterable[int]) -> None:
         """The transfer has ended."""
         for key in keys:
-            self._held[key].num_readers -= 1
+            held = self._held[key]
+            held.num_readers -= 1
+            self._num_evictable += held.is_ready and not held.num_readers
 
     def check_invariants(self) -> None:
         """INV-TIER: never more than it holds, no reader of what is not there."""
         assert len(self._held) <= self.num_blocks
+        evictable = sum(held.is_ready and not held.num_readers for held in self._held.values())
+        assert evictable == self._num_evictable
         assert all(held.num_readers == 0 or (held.is_ready and held.num_readers > 0) for held in self._held.values())
 
 
