@@ -18,6 +18,8 @@ from kvtwin.sim.vllm.running import Batch, Chunk, Partial
 def to_plain(jump: JumpLoop, plain: PlainLoop, requests: RequestBook, blocks: BlockTables) -> None:
     """The plain loop goes on where the event loop stopped."""
     clock = plain.clock
+    if jump.num_steps > clock.num_steps:  # all its requests but the last decode, and the last one's prompt gets done
+        plain.note_progress()
     clock.now_ns, clock.device_free_ns = jump.now_ns, jump.device_free_ns
     clock.num_steps, clock.num_arrived = jump.num_steps, jump.num_arrived
     pending = jump.pending

@@ -86,7 +86,8 @@ class PlainLoop:
         self.scheduler = scheduler
         self.clock = Clock()
         self.in_flight: deque[InFlight] = deque()
-        # Every step computes a token, so a cache full of them takes no more steps than this to reach a new one.
+        # Every step computes a token, so a cache full of them takes no more steps than this to reach a new one, unless
+        # somebody arrives who goes first.
         self._max_fruitless = 2 * config.capacity_tokens
         self._fruitless = 0
 
@@ -111,12 +112,17 @@ class PlainLoop:
         # An empty plan in flight is nothing to wait for: while transfers hold all requests back, there is always one.
         return executed or preempted or any(not batch.plan.is_empty for batch in self.in_flight) or self._wait()
 
+    def note_progress(self) -> None:
+        """Somebody has got a token that this loop did not see."""
+        self._fruitless = 0
+
     def _add_arrived(self) -> None:
         clock, arrival_ns = self.clock, self._requests.arrival_ns
         while clock.num_arrived < len(arrival_ns) and arrival_ns[clock.num_arrived] <= clock.now_ns:
             self._times.queued[clock.num_arrived] = clock.now_ns
             self.scheduler.waiting.append(clock.num_arrived)
             clock.num_arrived += 1
+            self._fruitless = 0
 
     def _schedule(self) -> InFlight:
         clock = self.clock

@@ -189,6 +189,20 @@ def test_a_request_longer_than_the_model_is_refused() -> None:
         simulate(Run(RunInfo("workload"), {"requests": table}), config, LATENCY)
 
 
+def test_prompts_in_many_chunks_are_no_livelock() -> None:
+    """The event loop decodes and the plain loop sees chunks alone, many more than the KV cache has tokens."""
+    config = VllmConfig(num_gpu_blocks=9, max_model_len=128, max_num_seqs=1, long_prefill_token_threshold=1)
+    num_requests = 10
+    columns = {
+        "request_id": [f"r{row}" for row in range(num_requests)],
+        "arrival_ns": [0] * num_requests,
+        "input_tokens": [60] * num_requests,
+        "output_tokens": [5] * num_requests,
+    }
+    workload = Run(RunInfo("workload"), {"requests": from_columns("requests", columns, "long prompts")})
+    assert simulate(workload, config, LATENCY).steps.equals(simulate(workload, config, LATENCY, plain=True).steps)
+
+
 @settings(max_examples=50)
 @given(st.data())
 def test_progress_counts_every_request_once(data: st.DataObject) -> None:

@@ -18,7 +18,7 @@ HASH_BLOCK_TOKENS = 8
 @st.composite
 def configs(draw: st.DrawFn) -> VllmConfig:
     version = draw(st.sampled_from(["0.19", "0.32"]))
-    block_size = draw(st.sampled_from([4, 16]))
+    block_size = draw(st.sampled_from([1, 4, 16]))
     max_model_len = draw(st.sampled_from([64, 128]))
     spare = draw(st.integers(0, 40))
     chunked = draw(st.booleans())
@@ -31,7 +31,7 @@ def configs(draw: st.DrawFn) -> VllmConfig:
         max_model_len=max_model_len,
         enable_chunked_prefill=chunked,
         enable_prefix_caching=draw(st.booleans()),
-        long_prefill_token_threshold=draw(st.sampled_from([0, 0, 5, 20])),
+        long_prefill_token_threshold=draw(st.sampled_from([0, 0, 1, 5, 20])),
         policy=draw(st.sampled_from(["fcfs", "priority"])),
         watermark=draw(st.sampled_from([0.0, 0.0, 0.1])) if version == "0.32" else 0.0,
         scheduler_reserve_full_isl=draw(st.booleans()),
