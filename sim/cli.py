@@ -97,10 +97,11 @@ def _recorded_tables(text: str) -> dict[str, bool]:
 
 
 def _summary(run: Any) -> dict[str, float]:
-    """A few numbers of the simulated run: time in ms, counts."""
+    """A few numbers of the simulated run's served requests: time in ms, counts."""
     import numpy as np
 
-    table = run.requests
+    finished = run.requests.column("finish_ns").is_valid()
+    table = run.requests.filter(finished)
     columns = ("queued_ns", "first_token_ns", "finish_ns", "output_tokens", "num_preemptions", "cached_tokens")
     queued, first, finish, output, preemptions, cached = (table.column(name).to_numpy() for name in columns)
     if not len(queued):

@@ -66,6 +66,11 @@ class HiRadixCache(RadixCache):
         caches_outputs: a finished request leaves its outputs as well (0.5.9).
         storage: the third level's threads; None without one.
         prefetch: when prefetches begin and end.
+
+    Attributes:
+        num_prefetches_limited: how often no prefetch was begun because those of other waiting requests held all the
+            host memory that prefetches may hold (`HiCacheController.prefetch_rate_limited`). The request computes what
+            storage could have given it, and the queue grows.
     """
 
     def __init__(
@@ -82,7 +87,7 @@ class HiRadixCache(RadixCache):
         self._levels, self._clock, self._prefetch = tree, clock, prefetch
         self._storage = tree.storage = storage
         self._prefetches: dict[int, Prefetch] = {}
-        self._prefetch_tokens = 0
+        self._prefetch_tokens = self.num_prefetches_limited = 0
         self._instant_ns, self._first_reading = 0, -_FIRST_READINGS
         # Prefetches may hold this much of the host memory that the device does not mirror.
         self._max_prefetch_tokens = int(0.8 * (tree.host.size - pool.size))
@@ -168,7 +173,10 @@ class HiRadixCache(RadixCache):
 
     def _start_prefetch(self, request: SglangRequest, start: int, num_tokens: int) -> bool:
         assert self._storage is not None
-        if num_tokens < self._prefetch.threshold or self._prefetch_tokens >= self._max_prefetch_tokens:
+        if num_tokens < self._prefetch.threshold:
+            return False
+        if self._prefetch_tokens >= self._max_prefetch_tokens:
+            self.num_prefetches_limited += 1
             return False
         node = request.last_host_node
         node.host_ref += 1

@@ -17,6 +17,7 @@ from kvtwin.sim.sglang.cache_record import CacheRecorder
 from kvtwin.sim.sglang.clock import Clock
 from kvtwin.sim.sglang.config import SglangConfig, rules_version
 from kvtwin.sim.sglang.engine import Observer, SglangEngine
+from kvtwin.sim.sglang.hi_cache import HiRadixCache
 from kvtwin.sim.sglang.pool import KvPool
 from kvtwin.sim.sglang.record import Recorder
 from kvtwin.sim.sglang.request import SglangRequest
@@ -42,7 +43,8 @@ def simulate_sglang(
     """Serve a workload's requests with one SGLang server; arguments as of `kvtwin.sim.vllm.simulate.simulate`.
 
     Every request runs to its output length (`ignore_eos`), which is also its `max_new_tokens`. One that SGLang itself
-    loses (see `SglangScheduler`) has no finish_ns; the run's metric `num_lost` counts them.
+    loses (see `SglangScheduler`) has no finish_ns; the run's metric `num_lost` counts them. With storage,
+    `num_prefetches_limited` counts the requests that could not prefetch because others' prefetches filled the host.
 
     Raises:
         InputError: a request that the server would refuse, cut short, or never schedule.
@@ -78,9 +80,17 @@ def simulate_sglang(
             "num_steps": engine.num_steps,
             "core_s": round(core_s, 6),
             "num_lost": sum(not request.finished for request in requests),
+            **_storage_metrics(engine, config),
         },
     )
     return Run(info, tables, name="the simulated run")
+
+
+def _storage_metrics(engine: SglangEngine, config: SglangConfig) -> dict[str, int]:
+    cache = engine.scheduler.cache
+    if isinstance(cache, HiRadixCache) and config.hicache_storage_backend:
+        return {"num_prefetches_limited": cache.num_prefetches_limited}
+    return {}
 
 
 def build_engine(

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import pytest
 
+from kvtwin.sim.latency.linear import LinearLatency
 from kvtwin.sim.links import LinkTimes
 from kvtwin.sim.sglang.clock import Clock
+from kvtwin.sim.sglang.config import SglangConfig
 from kvtwin.sim.sglang.hi_tree import HiRadixTree, HiRules
 from kvtwin.sim.sglang.pool import KvPool
 from kvtwin.sim.sglang.runs import Runs
+from kvtwin.sim.sglang.simulate import simulate_sglang
+from kvtwin.traces.run import Run, RunInfo
+from kvtwin.traces.table import from_columns
 
 FIRST, SECOND = ((1_000, 40),), ((2_000, 40),)
 
@@ -42,3 +47,27 @@ def test_write_back_loads_what_it_has_just_dropped_and_counts_it_twice(version: 
     tree.check_loads()
     assert (tree.protected, tree.evictable) == (0, 80)
     assert tree.evict(80) == (80 if newer else 40)
+
+
+def test_prefetches_are_limited_by_the_host_memory_that_mirrors_nothing() -> None:
+    """0.8 x (4096 x 1.25 - 4096) = 819 tokens may be asked for at a time; the rest of a burst asks for nothing."""
+    config = SglangConfig(
+        max_total_tokens=4096,
+        page_size=16,
+        enable_hierarchical_cache=True,
+        hicache_ratio=1.25,
+        hicache_storage_backend="file",
+        max_running_requests=1,
+    )
+    num_requests = 8
+    columns = {
+        "request_id": [f"r{row}" for row in range(num_requests)],
+        "arrival_ns": [0] * num_requests,
+        "input_tokens": [400] * num_requests,
+        "output_tokens": [4] * num_requests,
+    }
+    workload = Run(RunInfo("workload"), {"requests": from_columns("requests", columns, "a burst")})
+    run = simulate_sglang(workload, config, LinearLatency(1_000_000, 20_000, 50, 10_000), record_cache=True)
+    started = run.cache.column("kind").to_pylist().count("prefetch_start")
+    assert run.info.metrics["num_prefetches_limited"] == num_requests - started
+    assert started == 3  # 0, 400 and 800 tokens were held before them
