@@ -12,12 +12,13 @@ from typing import Any, Final, Protocol
 
 from kvtwin.sim.latency.base import LatencyModel
 from kvtwin.sim.latency.host import HostTime
-from kvtwin.sim.latency.stats import BatchStats
+from kvtwin.sim.latency.pricing import VectorPricer, pricer_for
+from kvtwin.sim.latency.stats import batch_row
 from kvtwin.sim.sglang.batch import DECODE, Batch
 from kvtwin.sim.sglang.clock import Clock
 from kvtwin.sim.sglang.request import SglangRequest
 from kvtwin.sim.sglang.scheduler import SglangScheduler
-from kvtwin.sim.sglang.stretch import Stretch, advance, decode_batches, num_steady_steps
+from kvtwin.sim.sglang.stretch import Stretch, advance, decode_sums, num_steady_steps
 from kvtwin.traces.errors import KvtwinError
 
 # Iterations without a batch, an arrival or a transfer to wait for, after which nothing will change any more.
@@ -85,7 +86,8 @@ class SglangEngine:
     ) -> None:
         self._plain = plain
         self.scheduler, self.clock = scheduler, clock
-        self._latency, self._host, self._observer = latency, host or HostTime(), observer
+        self._pricer = VectorPricer(latency) if plain else pricer_for(latency)
+        self._host, self._observer = host or HostTime(), observer
         self._overlap = not scheduler.config.disable_overlap_schedule
         self._cache: Any = scheduler.cache if scheduler.config.enable_hierarchical_cache else None
         self._device_free_ns = 0
@@ -132,10 +134,10 @@ class SglangEngine:
     def _launch(self, batch: Batch) -> Launched:
         sched_ns = self.clock.now_ns
         if batch.mode == DECODE:
-            stats = decode_batches(batch.cache_lens, 1)
+            row: tuple[int, ...] = (*decode_sums(batch.cache_lens, spread=self._pricer.needs_spread), 0, 0, 0, 0, 0)
         else:
-            stats = BatchStats.of_batch(batch.cache_lens, batch.input_lens)
-        duration_ns = int(self._latency.step_ns(stats, self.num_steps)[0])
+            row = batch_row(batch.cache_lens, batch.input_lens)
+        duration_ns = self._pricer.step_ns(row, self.num_steps)
         self._last_step_ns = duration_ns
         self.clock.advance(sched_ns + self._host.schedule(len(batch.requests)))
         start_ns = max(self.clock.now_ns, self._device_free_ns)
@@ -163,7 +165,8 @@ class SglangEngine:
             return None
         requests = scheduler.running
         kv_lens = [request.kv_len for request in requests]
-        durations_ns = self._latency.step_ns(decode_batches(kv_lens, most), self.num_steps).tolist()
+        durations = self._pricer.stretch(*decode_sums(kv_lens, spread=self._pricer.needs_spread), most, self.num_steps)
+        durations_ns = durations.list_ns(min(most, durations.num_steps)).tolist()
         line = self._timeline(durations_ns, pending.end_ns if pending is not None else None, arrival_ns)
         count = len(line[0])
         available, ratios = advance(scheduler, count, record=self._observer.records_steps)

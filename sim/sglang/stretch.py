@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvtwin.sim.latency.stats import COLUMNS, BatchStats, IntArray
+from kvtwin.sim.latency.stats import IntArray
 from kvtwin.sim.sglang.request import SglangRequest
 from kvtwin.sim.sglang.scheduler import SglangScheduler
 
@@ -71,23 +71,12 @@ def pages_begun(kv_lens: list[int], page_size: int, num_steps: int) -> IntArray:
     return result
 
 
-def decode_batches(kv_lens: list[int], num_steps: int) -> BatchStats:
-    """Statistics of `num_steps` decodes whose contexts begin at `kv_lens`."""
-    count, total = len(kv_lens), sum(kv_lens)
-    squares = sum([length * length for length in kv_lens])
-    first = dict.fromkeys(COLUMNS, 0)
-    first |= {
-        "num_decode": count, "decode_context": total, "decode_context_sq": squares, "decode_context_max": max(kv_lens)
-    }  # fmt: skip
-    if num_steps == 1:
-        return BatchStats(np.array([list(first.values())], dtype=np.int64))
-    step = np.arange(num_steps, dtype=np.int64)
-    table = np.empty((num_steps, len(COLUMNS)), dtype=np.int64)
-    table[:] = list(first.values())
-    table[:, COLUMNS.index("decode_context")] += step * count
-    table[:, COLUMNS.index("decode_context_sq")] += step * (2 * total) + step * step * count
-    table[:, COLUMNS.index("decode_context_max")] += step
-    return BatchStats(table)
+def decode_sums(cache_lens: list[int], *, spread: bool) -> tuple[int, int, int, int]:
+    """Members, context, squares and largest context of a batch of decodes; without `spread` the last two are 0."""
+    total = sum(cache_lens)
+    if not spread:
+        return len(cache_lens), total, 0, 0
+    return len(cache_lens), total, sum([length * length for length in cache_lens]), max(cache_lens)
 
 
 def advance(scheduler: SglangScheduler, num_steps: int, *, record: bool) -> tuple[list[int], list[float]]:
