@@ -26,7 +26,7 @@ class CacheLog:
         block_size: tokens per block.
 
     Attributes:
-        now_ns: the time of events that come without one: of the schedule() call, or of the step taken in.
+        now_ns: the time of events that come without one: of the schedule() call, the step taken in, or a transfer's end.
     """
 
     def __init__(self, block_size: int) -> None:
@@ -35,10 +35,10 @@ class CacheLog:
         self._columns = {name: array("q") for name in ("time_ns", "level", "request", "tokens", "block_hash")}
         self._kinds: list[str] = []
 
-    def blocks(self, level: int, kind: str, keys: Iterable[int], row: int = UNKNOWN, time_ns: int = UNKNOWN) -> None:
-        """One event per block."""
+    def blocks(self, level: int, kind: str, keys: Iterable[int], row: int = UNKNOWN) -> None:
+        """One event per block, now."""
         for key in keys:
-            self._add(level, kind, self._block_size, row, time_ns, key)
+            self._add(level, kind, self._block_size, row, UNKNOWN, key)
 
     def tokens(self, level: int, kind: str, count: int, row: int, time_ns: int = UNKNOWN) -> None:
         """One event of so many tokens of a request; none where there are none."""

@@ -1,9 +1,13 @@
 """KV blocks below the GPU's pool: host memory, and a disk under it.
 
-Follows vLLM's `OffloadingConnector` (`kv_connector/v1/offloading_connector.py`: `get_num_new_matched_tokens`,
-`_get_reqs_to_store`, `request_finished`) with `kv_offload/lru_manager.py` (`LRUOffloadingManager`). The disk is meant to
-be `kv_offload/tiering/manager.py` (what is stored on the host goes on to the disk; what is only there is brought to the
-host first, and the request asks again later), but was not checked against it.
+Follows vLLM 0.19.0's `OffloadingConnectorScheduler` (`kv_connector/v1/offloading/scheduler.py`:
+`get_num_new_matched_tokens`, `update_state_after_alloc`, `_get_reqs_to_store`, `request_finished`) with
+`kv_offload/cpu/manager.py` and `cpu/policies/lru.py`, read line by line. One difference: there a stored block can be
+read once its request has finished or was preempted; here, as in 0.32.0 (`update_connector_output`, job by job), once
+its copy has ended. 0.32.0 is not followed where it frees a finished request's blocks at once and flushes the copies
+when somebody takes the blocks, and where it stores a request's last blocks after its end. The disk is meant to be
+0.32.0's `kv_offload/tiering/manager.py` (what is stored on the host goes on to the disk; what is only there is brought
+to the host first, and the request asks again later), but was not checked against it.
 
 Ours, because the connector's worker decides it by CUDA events: a store is sent when the step that fills its blocks has
 run, and a load when its request is scheduled; each is seen by the first schedule() call after it has ended. A request
@@ -22,7 +26,7 @@ from itertools import takewhile
 from kvtwin.sim.links import Link, LinkTimes
 from kvtwin.sim.vllm.block_pool import IntArray, Pool
 from kvtwin.sim.vllm.cache_log import HBM, HOST, STORAGE, CacheLog
-from kvtwin.sim.vllm.recorder import RequestTimes
+from kvtwin.sim.vllm.recorder import UNKNOWN, RequestTimes
 from kvtwin.sim.vllm.request import Request
 
 
@@ -65,8 +69,10 @@ class Level:
                 self._held.move_to_end(key)
 
     def prepare_store(self, keys: Iterable[int]) -> list[int] | None:
-        """Make room for those that are not there; returns these, or None where blocks in use leave too little room."""
-        wanted = [key for key in dict.fromkeys(keys) if key not in self._held]
+        """Make room for those that are not there, none of the others going; returns these, or None where blocks in use
+        leave too little room."""
+        asked = dict.fromkeys(keys)
+        wanted = [key for key in asked if key not in self._held]
         short = len(wanted) - (self.num_blocks - len(self._held))
         if short > self._num_evictable:
             return None
@@ -74,8 +80,10 @@ class Level:
         for key, held in self._held.items():
             if len(victims) >= short:
                 break
-            if held.is_ready and not held.num_readers:
+            if held.is_ready and not held.num_readers and key not in asked:
                 victims.append(key)
+        if len(victims) < short:
+            return None
         for key in victims:
             del self._held[key]
             self._on_evict(key)
@@ -152,6 +160,7 @@ class OffloadTiers:
         self._num_stored: dict[int, int] = {}  # by row: blocks that have been sent to the host, or come from it
         self._stores_end_ns: dict[int, int] = {}  # by row: when the last of its stores ends
         self._arriving: set[int] = set()  # rows whose blocks are on their way to the GPU
+        self._loading: set[int] = set()  # the keys of these blocks
         self._promoting: dict[int, int] = {}  # by row: when what the disk holds for it is on the host
         self._promoted: dict[int, set[int]] = {}  # by row: keys that it brought from the disk for its next admission
 
@@ -162,24 +171,30 @@ class OffloadTiers:
         return self._events[0][0] if self._events else None
 
     def advance(self, now_ns: int) -> None:
-        """See what has ended by now."""
+        """See what has ended by now. Events of the log have the times at which things happen, not are seen."""
         self._now_ns = now_ns
         while self._events and self._events[0][0] <= now_ns:
             end_ns, _, action = heappop(self._events)
+            self._tell_time(end_ns)
             action(end_ns)
+        self._tell_time(now_ns)
 
     def drain(self) -> None:
         """The last request has finished: let the transfers end."""
         while self._events:
             self.advance(self._events[-1][0])
 
+    def _tell_time(self, time_ns: int) -> None:
+        if self._log is not None:
+            self._log.now_ns = time_ns
+
     def _at(self, end_ns: int, action: Callable[[int], None]) -> None:
         heappush(self._events, (end_ns, self._num_events, action))
         self._num_events += 1
 
-    def _note(self, level: int, kind: str, keys: Iterable[int], row: int = -1, time_ns: int = -1) -> None:
+    def _note(self, level: int, kind: str, keys: Iterable[int], row: int = UNKNOWN) -> None:
         if self._log is not None:
-            self._log.blocks(level, kind, keys, row, time_ns)
+            self._log.blocks(level, kind, keys, row)
 
     # --- loads -----------------------------------------------------------------------------------------------------
 
@@ -188,7 +203,8 @@ class OffloadTiers:
         return request.row in self._arriving or self._promoting.get(request.row, 0) > self._now_ns
 
     def lookup(self, request: Request, num_local_blocks: int) -> int | None:
-        """Blocks that the host has ready beyond the GPU's hit; None while the disk brings more.
+        """Blocks that the host has ready beyond the GPU's hit; None while the disk brings more, or while some of them
+        are on their way for another request, which will leave them on the GPU.
 
         Args:
             request: waits for its admission.
@@ -200,7 +216,7 @@ class OffloadTiers:
         hits = sum(1 for _ in takewhile(self.host.is_ready, beyond))
         if request.row not in self._promoted and self._promote(request, beyond[hits:]):
             return None
-        return hits
+        return None if self._loading and not self._loading.isdisjoint(beyond[:hits]) else hits
 
     def _promote(self, request: Request, keys: list[int]) -> bool:
         """Bring the blocks that the disk holds next to the host; False if there are none or there is no room."""
@@ -213,14 +229,14 @@ class OffloadTiers:
         end_ns = self._read.send(start_ns, len(found))
         self._promoting[row], self._promoted[row] = end_ns, set(found)
         self._times.prefetch[row] += end_ns - start_ns
-        self._note(STORAGE, "prefetch_start", found, row, start_ns)
-        self._at(end_ns, lambda time_ns: self._promotion_done(row, found, time_ns))
+        self._note(STORAGE, "prefetch_start", found, row)
+        self._at(end_ns, lambda _: self._promotion_done(row, found))
         return True
 
-    def _promotion_done(self, row: int, keys: list[int], time_ns: int) -> None:
+    def _promotion_done(self, row: int, keys: list[int]) -> None:
         self.disk.read_done(keys)
         self.host.complete_store(keys)
-        self._note(STORAGE, "prefetch_done", keys, row, time_ns)
+        self._note(STORAGE, "prefetch_done", keys, row)
 
     def start_load(self, request: Request, num_local_blocks: int, num_blocks: int) -> None:
         """Copy blocks of the host to those that the request has been given on the GPU."""
@@ -229,6 +245,7 @@ class OffloadTiers:
         keys: list[int] = request.block_keys(num_local_blocks, last).tolist()
         self.host.read(keys)
         self._arriving.add(row)
+        self._loading.update(keys)
         self._num_stored[row] = last
         end_ns = self._h2d.send(start_ns, num_blocks * self._block_size)
         self._times.prefetch[row] += end_ns - start_ns
@@ -236,12 +253,13 @@ class OffloadTiers:
         num_tokens = min(last * self._block_size, request.num_tokens - 1) - num_local_blocks * self._block_size
         from_disk = min(num_tokens, self._block_size * sum(key in promoted for key in keys))
         self._times.note_load(row, num_tokens - from_disk, from_disk)
-        self._at(end_ns, lambda time_ns: self._load_done(row, keys, time_ns))
+        self._at(end_ns, lambda _: self._load_done(row, keys))
 
-    def _load_done(self, row: int, keys: list[int], time_ns: int) -> None:
+    def _load_done(self, row: int, keys: list[int]) -> None:
         self._arriving.discard(row)
+        self._loading.difference_update(keys)
         self.host.read_done(keys)
-        self._note(HBM, "load_back", keys, row, time_ns)
+        self._note(HBM, "load_back", keys, row)
 
     def admitted(self, request: Request) -> None:
         """It runs: should it come back, it may ask the disk again."""
@@ -284,17 +302,17 @@ class OffloadTiers:
 
     def _store_done(self, keys: list[int], time_ns: int) -> None:
         self.host.complete_store(keys)
-        self._note(HOST, "store", keys, time_ns=time_ns)
+        self._note(HOST, "store", keys)
         going_on = self.disk.prepare_store(keys) if self.disk.num_blocks else None
         if going_on:
             self.host.read(going_on)
             written_ns = self._write.send(time_ns, len(going_on))
-            self._at(written_ns, lambda end_ns: self._write_done(going_on, end_ns))
+            self._at(written_ns, lambda _: self._write_done(going_on))
 
-    def _write_done(self, keys: list[int], time_ns: int) -> None:
+    def _write_done(self, keys: list[int]) -> None:
         self.host.read_done(keys)
         self.disk.complete_store(keys)
-        self._note(STORAGE, "store", keys, time_ns=time_ns)
+        self._note(STORAGE, "store", keys)
 
     def stores_end_ns(self, request: Request) -> int:
         """When the blocks of a preempted request may be written again (`handle_preemptions` waits for that)."""

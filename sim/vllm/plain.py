@@ -180,7 +180,10 @@ class PlainLoop:
     def _refuse_livelock(self, plan: StepPlan) -> None:
         """vLLM can preempt the same requests over and over, each time before one of them has a new token: with the
         priority policy and equal (priority, arrival), the victim is the first of the running list."""
-        self._fruitless = 0 if any(plan.samples) else self._fruitless + 1
+        if any(plan.samples):
+            self._fruitless = 0
+        elif plan.preempted or not plan.is_empty:  # not where all wait for transfers: these end
+            self._fruitless += 1
         if self._fruitless > self._max_fruitless:
             raise KvtwinError(
                 f"no request has got a token for {self._fruitless} steps: preemptions undo one another, as they do in "
@@ -194,7 +197,6 @@ class PlainLoop:
         if transfer_ns is not None:
             arrivals_ns = self._requests.arrival_ns[clock.num_arrived : clock.num_arrived + 1]
             clock.now_ns = max(clock.now_ns, min([transfer_ns, *arrivals_ns]))
-            self._fruitless = 0
             return True
         if clock.num_arrived == len(self._requests):
             if scheduler.has_unfinished:
