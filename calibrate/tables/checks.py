@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvtwin.calibrate.models import MODELS
+from kvtwin.sim.latency.work import context_of_each
 from kvtwin.traces.errors import InputError
 from kvtwin.traces.readers.optable import FloatArray, OpSamples, OpTable
 
@@ -89,7 +90,7 @@ def _with_heads(sample: OpSamples, table: OpTable) -> OpSamples:
 def faster_than_smallest(sample: OpSamples) -> npt.NDArray[np.bool_]:
     """Attention rows that take less than 3/4 of the time of their shape's smallest load: no more work can be faster.
 
-    (LLMServingSim v0 has 283 such decodes in each table, at 40 times the memory's bandwidth: a kernel that did not run.)
+    (LLMServingSim v0 has 283 such decodes in each table: less than one token of context for each.)
     """
     found = np.zeros(len(sample), np.bool_)
     if sample.work not in ("prefill_attention", "decode_attention") or not len(sample):
@@ -140,7 +141,7 @@ def _amount(sample: OpSamples) -> tuple[FloatArray | None, tuple[float, float], 
             heads: FloatArray | float = column["num_key_value_heads"]
         else:
             heads = sample.constants.get("num_key_value_heads", 1.0)
-        keys = column["num_decode"] * column["context"] * heads
+        keys = column["num_decode"] * context_of_each(column) * heads
         keep = ~faster_than_smallest(sample) if not sample.constants.get("window_size") else np.zeros(len(keys), bool)
         if keep.any():
             return np.where(keep, keys, 0.0), (_LEAST_KEYS_PER_US, _MOST_KEYS_PER_US), "keys"

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from kvtwin.sim.latency.grid import FloatArray
 from kvtwin.sim.latency.octaves import digits, octave, plain
-from kvtwin.sim.latency.work import Columns, attention_heads, best_products
+from kvtwin.sim.latency.work import Columns, attention_heads, best_products, context_of_each
 
 _MIN_FACTOR: Final = 0.1
 _USUAL_SLOTS: Final = 132.0  # tiles at once, where the trend saw no waves
@@ -100,7 +100,7 @@ def weights_of(cells: Sequence[tuple[npt.NDArray[np.intp], FloatArray]], shape: 
 
 def _decode(columns: Columns, slots: float) -> dict[str, FloatArray]:  # noqa: ARG001 - the contract's
     heads, kv_heads = attention_heads(columns)
-    seqs, context = columns["num_decode"], columns["context"]
+    seqs, context = columns["num_decode"], context_of_each(columns)
     blocks = seqs * kv_heads
     return {
         "blocks": blocks, "context": context, "keys": blocks * context, "queries": seqs * heads,

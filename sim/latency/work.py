@@ -7,7 +7,7 @@ so 189 blocks on 188 slots take as long as 376. `tile` is how many rows one bloc
 ceil and floor are used, so the numbers are the same on every machine (see `grid.py`).
 
 Sources: the blocks of FlashAttention-2 (`flash_fwd_kernel.h`: one per tile of queries, sequence and head; decodes pack a
-key-value head's queries and split the context where the GPU would idle) and NVIDIA's "Matrix Multiplication Background
+key-value head's queries and split the context where the GPU would idle), list scheduling of blocks (Graham 1969) and NVIDIA's "Matrix Multiplication Background
 User's Guide" (tile and wave quantisation). TPUs and CPUs have no waves: there the fit picks slots = 0.
 """
 
@@ -20,12 +20,21 @@ import numpy as np
 import numpy.typing as npt
 
 from kvtwin.sim.latency.grid import FloatArray
+from kvtwin.traces.errors import InputError
 
 Columns = Mapping[str, FloatArray]
 Terms = dict[str, FloatArray]
 Work = Callable[[Columns, float, float], Terms]
 
 _PIECE: Final = 128.0  # keys that a thread block takes at a time
+_SMALL_PIECE: Final = 32.0  # where no context is split
+_MIXED_PIECE: Final = 64.0  # beside prefills
+_SHORT: Final = (64.0, 128.0, 256.0)  # tokens of context up to which kernels may run a simpler path
+_BLOCK_START: Final = 160.0  # keys that a thread block could read while it starts and ends
+_EMPTY_BLOCK: Final = 16.0  # and one that finds nothing to do
+# Keys of one head that caches may hold: between calls, and between the query heads of a group.
+_CACHES: Final = tuple(2.0**power * part for power in range(14, 21) for part in (1.0, 1.5))
+_SHARED_CACHES: Final = (32768.0, 65536.0, 131072.0, 196608.0, 262144.0, 393216.0)
 _MANY_SLOTS: Final = 376.0  # thread blocks at once, where the trend saw no waves
 
 
@@ -50,6 +59,13 @@ def attention_heads(columns: Columns) -> tuple[FloatArray, FloatArray]:
     return heads, _get(columns, "num_key_value_heads", 0.0) if "num_key_value_heads" in columns else heads
 
 
+def context_of_each(columns: Columns) -> FloatArray:
+    """Tokens of context of each decode; some tables hold what all of them have together (`total_context`)."""
+    if "context" in columns:
+        return columns["context"]
+    return np.maximum(np.floor(columns["total_context"] / columns["num_decode"]), 1.0)
+
+
 def pooled(columns: Columns) -> dict[str, FloatArray]:
     """Columns in which attention of models with different heads is alike: group, blocks and length, of shape (n,).
 
@@ -58,7 +74,7 @@ def pooled(columns: Columns) -> dict[str, FloatArray]:
     """
     heads, kv_heads = attention_heads(columns)
     if "num_decode" in columns:
-        blocks, length = columns["num_decode"] * kv_heads, columns["context"]
+        blocks, length = columns["num_decode"] * kv_heads, context_of_each(columns)
     else:
         blocks, length = _get(columns, "num_seqs", 1.0) * heads, columns["chunk"]
     return {"group": heads / kv_heads, "blocks": blocks, "length": length}
@@ -91,13 +107,14 @@ def _prefill_attention(columns: Columns, tile: float, slots: float) -> Terms:
 
 def _decode_attention(columns: Columns, tile: float, slots: float) -> Terms:
     heads, kv_heads = attention_heads(columns)
-    seqs, context = columns["num_decode"], _windowed(columns["context"], columns, 0.0)
+    seqs, context = columns["num_decode"], _windowed(context_of_each(columns), columns, 0.0)
     blocks = seqs * kv_heads * _ceil(heads / kv_heads, tile)
     pieces = np.maximum(_ceil(context, _PIECE), 1.0)
     splits = np.clip(np.floor((slots or 1.0) / blocks), 1.0, pieces)
     split = (splits > 1).astype(np.float64)
     longest = _ceil(pieces, splits) * _PIECE
     waves = _waves(blocks * splits, slots)
+    whole_waves, whole = _waves(blocks, slots), _ceil(context, _SMALL_PIECE) * _SMALL_PIECE
     read = seqs * kv_heads * context
     packed = ((kv_heads > 1) & (heads > kv_heads)).astype(np.float64)
     terms = {
@@ -105,6 +122,8 @@ def _decode_attention(columns: Columns, tile: float, slots: float) -> Terms:
         "waves": waves,
         "wave keys": waves * longest,
         "longest": longest,
+        "unsplit waves": whole_waves,
+        "unsplit wave keys": whole_waves * whole,
         "split": split,
         "splits": split * splits,
         "partial queries": split * splits * seqs * heads,  # what the pieces write and a second kernel adds up
@@ -116,7 +135,19 @@ def _decode_attention(columns: Columns, tile: float, slots: float) -> Terms:
         "packed": packed,
         "packed queries": packed * seqs * heads,
     }
-    return terms | _spills(read)
+    for limit in _SHORT:  # kernels for short contexts: one piece and no second kernel
+        beyond = (context > limit).astype(np.float64)
+        terms |= {f"beyond {int(limit)}": beyond, f"queries beyond {int(limit)}": beyond * seqs * heads}
+    return terms | _spills(read) | _uncached(read)
+
+
+def _uncached(read: FloatArray) -> Terms:
+    """All keys, once they exceed what a cache of each size holds.
+
+    A benchmark reads the same keys call after call: a cache that is large enough holds all of them, a smaller one none,
+    since what is read next was evicted last.
+    """
+    return {f"uncached beyond {int(size)}": np.where(read >= size, read, 0.0) for size in _CACHES}
 
 
 def _spills(read: FloatArray) -> Terms:
@@ -132,25 +163,43 @@ def _mixed_attention(columns: Columns, tile: float, slots: float) -> Terms:
     heads, kv_heads = attention_heads(columns)
     chunk, prefix, seqs, context = (columns[name] for name in ("chunk", "prefix", "num_decode", "context"))
     span = prefix + (np.minimum(chunk, tile) + chunk) / 2
-    tiles = _ceil(chunk, tile)
-    terms = _two_kinds((heads * tiles, span), (seqs * heads, context), slots, prefix + chunk)
+    tiles, whole = _ceil(chunk, tile), _ceil(context, _MIXED_PIECE) * _MIXED_PIECE
+    terms = _two_kinds((heads * tiles, span), (seqs * heads, whole), slots, prefix + chunk)
     terms |= {"empty blocks": heads * seqs * (tiles - 1.0), "keys": kv_heads * seqs * context}
+    terms["head by head"] = _interleaved((tiles, span), (seqs, whole), columns, slots)
     return terms | _misses(columns, context, slots)
 
 
 def _misses(columns: Columns, context: FloatArray, slots: float) -> Terms:
-    """Keys read from memory again by each query head of a group that a cache of each size does not hold.
+    """Keys read from memory again by the query heads of a group, where a cache of each size does not hold them.
 
-    Blocks go out head by head. Heads that run at once (slots / decodes of them) share what they read; one that comes
-    later finds it in the cache only as far as the keys of all decodes under one head fit.
+    Blocks go out head by head. Heads that run at once share what they read; where the blocks of a group take several
+    rounds (group x decodes over slots, and one more, for they seldom start with a round), each round reads again what
+    the cache no longer holds of the keys of all decodes under one head: everything, from twice its size on.
     """
     heads, kv_heads = attention_heads(columns)
     seqs, group = columns["num_decode"], heads / kv_heads
-    reads = group / np.clip((slots or _MANY_SLOTS) / seqs, 1.0, group)
+    again = np.minimum(group * seqs / (slots or _MANY_SLOTS), group - 1.0)
+    keys = seqs * context
     return {
-        f"missed keys over {int(size)}": kv_heads * reads * np.maximum(seqs * context - size, 0.0)
-        for size in (65536.0, 131072.0, 262144.0)
+        f"keys again over {int(size)}": kv_heads * again * keys * np.clip(keys / size - 1.0, 0.0, 1.0)
+        for size in _SHARED_CACHES
     }
+
+
+def _interleaved(
+    prefill: tuple[FloatArray, FloatArray], decode: tuple[FloatArray, FloatArray], columns: Columns, slots: float
+) -> FloatArray:
+    """When the last block ends, in keys: blocks of (how many for each head, how long) go out head by head.
+
+    All at once where the slots suffice; else the last head's start when the work of the others is done.
+    """
+    heads, slots = attention_heads(columns)[0], slots or _MANY_SLOTS
+    (tiles, span), (seqs, context) = prefill, decode
+    first, second = span + _BLOCK_START, context + _BLOCK_START
+    work = (tiles * first + seqs * second + seqs * (tiles - 1.0) * _EMPTY_BLOCK) / slots
+    longest = np.maximum(first, second)
+    return np.where(heads * (tiles + seqs) <= slots, longest, (heads - 1.0) * work + np.maximum(work, longest))
 
 
 def _uneven_decode(columns: Columns, tile: float, slots: float) -> Terms:
@@ -353,7 +402,7 @@ WORKS: Final[Mapping[str, Work]] = {
 WAVES: Final = ("prefill_attention", "decode_attention", "mixed_attention", "uneven_decode", "uneven_mixed", "gemm")
 TILES: Final[Mapping[str, tuple[float, ...]]] = {
     "prefill_attention": (64.0, 128.0, 256.0), "mixed_attention": (64.0, 128.0), "uneven_mixed": (64.0, 128.0),
-    "decode_attention": (16.0, 64.0), "uneven_decode": (16.0, 64.0), "gemm": (64.0, 128.0, 256.0),
+    "decode_attention": (1.0, 16.0, 64.0), "uneven_decode": (16.0, 64.0), "gemm": (64.0, 128.0, 256.0),
     "moe": (16.0, 64.0, 128.0), "tokens": (16.0, 64.0, 128.0),
 }  # fmt: skip
 
@@ -366,8 +415,14 @@ def terms(work: str, columns: Columns, tile: float, slots: float) -> Terms:
 def trend(
     work: str, columns: Columns, prices: Mapping[str, float], tile: float, slots: float
 ) -> npt.NDArray[np.float64]:
-    """sum of price * term: float64 of shape (n,), added up term by term (see `regression.py`)."""
+    """sum of price * term: float64 of shape (n,), added up term by term (see `regression.py`).
+
+    Raises:
+        InputError: a price of a term that is not known (a profile of another version).
+    """
     found = terms(work, columns, tile, slots)
+    if unknown := prices.keys() - found.keys():
+        raise InputError(f"the profile prices {min(unknown)!r}, which this version does not know: calibrate it anew")
     total = np.zeros(len(next(iter(found.values()))))
     for name, price in prices.items():
         total = total + price * found[name]

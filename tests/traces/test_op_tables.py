@@ -36,11 +36,16 @@ num_tensor_parallel_workers
 """
 FRONTIER = """time_stats.attn_prefill.mean,time_stats.attn_prefill.median,time_stats.attn_prefill.std,\
 time_stats.attn_decode.mean,time_stats.attn_decode.median,time_stats.attn_decode.std,\
-batch_size,prefill_chunk_size,kv_cache_size,is_prefill,n_q_head,n_kv_head,num_tensor_parallel_workers,mode,seq_lens
-0.0205,0.0205,0.0001,0,0,0,1,64,32,True,32,8,2,even,[64]
-0,0,0,0.0085,0.0085,0.0001,4,0,128,False,32,8,2,even,"[1, 1, 1, 1]"
-0.0305,0.0305,0.0001,0,0,0,2,0,0,True,32,8,2,random,"[100, 30]"
-0.0305,0.0305,0.0001,0.009,0.009,0,2,0,0,True,32,8,2,true_mixed,
+block_size,batch_size,prefill_chunk_size,kv_cache_size,is_prefill,n_q_head,n_kv_head,num_tensor_parallel_workers,mode,\
+seq_lens
+0.0205,0.0205,0.0001,0,0,0,16,1,64,32,True,32,8,2,even,[64]
+0,0,0,0.0085,0.0085,0.0001,16,4,0,128,False,32,8,2,even,"[1, 1, 1, 1]"
+0.0305,0.0305,0.0001,0,0,0,16,2,0,0,True,32,8,2,random,"[100, 30]"
+0.0305,0.0305,0.0001,0.009,0.009,0,16,2,0,0,True,32,8,2,true_mixed,
+"""
+V0_ATTENTION = """time_stats.attn_decode.mean,time_stats.attn_decode.median,time_stats.attn_decode.std,\
+batch_size,prefill_chunk_size,kv_cache_size,is_prefill,n_q_head,n_kv_head,num_tensor_parallel_workers
+0.0085,0.0085,0.0001,4,0,128,False,32,8,2
 """
 COLLECTIVE = """time_stats.all_reduce.mean,time_stats.all_reduce.median,time_stats.all_reduce.std,rank,num_workers,size,\
 collective,devices_per_node,max_devices_per_node
@@ -158,6 +163,14 @@ def test_vidur_attention_rows_of_the_own_regime(tmp_path: Path) -> None:
     assert found.samples[0].constants == {"num_heads": 16.0, "num_key_value_heads": 4.0}
     (reduce,) = read_op_table(write(tmp_path / "all_reduce.csv", COLLECTIVE)).samples
     assert (reduce.shape["num_gpus"].tolist(), reduce.load["num_bytes"].tolist()) == ([4], [2048])
+
+
+def test_the_decodes_of_llmservingsim_v0_share_their_context(tmp_path: Path) -> None:
+    (decode,) = read_op_table(write(tmp_path / "attention.csv", V0_ATTENTION)).samples
+    assert {name: values.tolist() for name, values in decode.load.items()} == {
+        "num_decode": [4],
+        "total_context": [128],
+    }
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,9 @@ Times are milliseconds per call over some repeats; one row is one batch shape. T
 
 * linear operators: `num_tokens` x `num_tensor_parallel_workers`;
 * attention: `batch_size`, `prefill_chunk_size`, `kv_cache_size` (tokens cached, of each), `is_prefill`: the other
-  regime's operator stands at 0 or empty, which means "did not run"; so does an operator that is 0 throughout;
+  regime's operator stands at 0 or empty, which means "did not run"; so does an operator that is 0 throughout. In
+  LLMServingSim v0 (no `block_size`) the decodes share `kv_cache_size` tokens: on the A6000 24 decodes take a step up at
+  768, 1536, 2304 of them, 4 at 128, 256, 384, and where a decode's share is below one token the kernel has no work;
 * mixtures of experts: `num_tokens`, `expert_parallel_size` ...;
 * collectives: `size` in bytes, `num_workers`, `devices_per_node`.
 
@@ -100,7 +102,8 @@ def _attention(table: WideTable, op: str, key: dict[str, npt.NDArray[Any]]) -> l
         return _prefill(table, op, key, prefill & ~mixed & ~_not_run(median), batch, chunk, cached, lengths)
     if op == "attn_decode":
         keep = ~prefill & ~mixed & ~_not_run(median)
-        return _group(table, op, "decode_attention", keep, key, {"num_decode": batch, "context": cached})
+        context = "context" if "block_size" in table.names else "total_context"
+        return _group(table, op, "decode_attention", keep, key, {"num_decode": batch, context: cached})
     new = np.where(prefill, np.maximum(batch * chunk, lengths.sum(axis=1)), batch)
     keep = (median > 0) & ~mixed & (new > 0)
     return _group(table, op, "tokens", keep, key, {"num_tokens": new})
