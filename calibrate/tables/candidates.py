@@ -293,13 +293,13 @@ def relative_nnls(
 ) -> dict[str, float]:
     """Prices >= 0 that minimise sum w (predicted / measured - 1)^2 (Lawson & Hanson 1974, chapter 23).
 
-    Terms are scaled to a largest value of 1 first; terms that come out at 0 are left out.
+    Terms are scaled to a largest value of 1 first; terms that are 0 throughout, or come out at 0, are left out.
     """
     from scipy.optimize import nnls
 
-    names = list(found)
+    names = [name for name, values in found.items() if np.any(values)]
     matrix = np.column_stack([found[name] / time_us for name in names])
-    scale = np.maximum(np.abs(matrix).max(axis=0), 1e-300)
+    scale = np.abs(matrix).max(axis=0)
     # The normal equations keep the problem at the number of terms, whatever the number of rows.
     scaled = matrix / scale
     weighted = scaled if weights is None else scaled * weights[:, None]

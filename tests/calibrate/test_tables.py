@@ -25,6 +25,7 @@ from kvtwin.calibrate.tables.candidates import (
     Surfaced,
     Trend,
     fit_all,
+    relative_nnls,
 )
 from kvtwin.calibrate.tables.checks import faster_than_smallest, prepare
 from kvtwin.calibrate.tables.choice import choose, floor_of
@@ -256,6 +257,12 @@ def test_blocks_that_go_out_head_by_head_end_within_the_bounds_of_any_list(
     work = heads * (many * first + more * second + more * (many - 1) * 16.0) / slots
     assert max(first, second) <= end <= work + max(first, second)
     assert end >= work or heads * (many + more) <= slots  # all at once: the longest alone decides
+
+
+def test_work_that_no_row_shows_gets_no_price() -> None:
+    found = {"call": np.ones(40), "rows": np.arange(1.0, 41.0), "several": np.zeros(40)}
+    prices = relative_nnls(found, 3.0 + 0.5 * found["rows"])
+    assert prices == pytest.approx({"call": 3.0, "rows": 0.5}, rel=1e-6)
 
 
 def test_a_price_of_another_version_is_refused_in_one_line() -> None:
