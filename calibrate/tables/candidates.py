@@ -25,9 +25,10 @@ from kvtwin.sim.latency.surface import COORDINATES
 from kvtwin.sim.latency.work import TILES, WAVES, Columns, pooled, terms
 from kvtwin.traces.readers.optable import OpSamples
 
-# Thread blocks that a device runs at once, where its GPU is not known: streaming multiprocessors of common GPUs (and
-# twice as many), per query head where the table does not hold heads. 0: no waves (TPU, CPU, or nothing to see).
-_COMMON_SLOTS: Final = (58, 72, 82, 84, 108, 114, 128, 132, 142, 148, 170, 188, 216, 264, 296, 376)
+# Thread blocks that a device runs at once, where its GPU is not known: 1 to 8 on each streaming multiprocessor of common
+# GPUs. 0: no waves (TPU, CPU, or nothing to see).
+_COMMON_SMS: Final = (58, 72, 82, 84, 108, 114, 128, 132, 142, 148, 170, 188)
+_COMMON_SLOTS: Final = tuple(float(num_sms * blocks) for blocks in (1, 2, 4, 8) for num_sms in _COMMON_SMS)
 _SEARCH_ROWS: Final = 600  # of a table, to choose tile and slots on
 _MAX_CELLS: Final = 200_000  # of a refined grid
 _SINGLE_HEAD: Final = 0.01  # weight of rows with one key-value head in a pool

@@ -259,6 +259,21 @@ def test_blocks_that_go_out_head_by_head_end_within_the_bounds_of_any_list(
     assert end >= work or heads * (many + more) <= slots  # all at once: the longest alone decides
 
 
+def test_an_unknown_model_on_an_unknown_gpu_is_priced_by_thread_blocks_for_each_head() -> None:
+    """16 query heads in groups of four on 132 multiprocessors, of which the table says nothing."""
+    load = product(
+        chunk=[64, 256, 1024], prefix=[0, 512, 4096], num_decode=[1, 2, 4, 8, 16, 32], context=[64, 1024, 8192]
+    )
+    heads = {"num_heads": 16.0, "num_key_value_heads": 4.0}
+    columns = {name: values.astype(float) for name, values in load.items()}
+    columns |= {name: np.full(len(load["chunk"]), value) for name, value in heads.items()}
+    time_us = trend("mixed_attention", columns, {"call": 3.0, "second end": 0.02, "waves": 1.5}, 64.0, 132.0)
+    (sample,) = prepare(table_of(samples_of("mixed_attention", load, time_us))).samples
+    fitted = Trend().fit(sample)
+    assert fitted.model_.slots == 4 * 132  # for four times the heads
+    assert fitted.time_us(sample.columns) == pytest.approx(time_us, rel=0.02)
+
+
 def test_work_that_no_row_shows_gets_no_price() -> None:
     found = {"call": np.ones(40), "rows": np.arange(1.0, 41.0), "several": np.zeros(40)}
     prices = relative_nnls(found, 3.0 + 0.5 * found["rows"])
