@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvtwin.calibrate.models import MODELS
+from kvtwin.calibrate.tables.timer import timer_step_us
 from kvtwin.sim.latency.work import context_of_each
 from kvtwin.traces.errors import InputError
 from kvtwin.traces.readers.optable import FloatArray, OpSamples, OpTable
@@ -58,7 +59,7 @@ def prepare_test(table: OpTable) -> OpTable:
     _one_version(table)
     samples = [_with_heads(sample, table) for sample in table.samples]
     _require_plausible(table, samples)
-    samples = [_with_usual_heads(sample) for sample in samples]
+    samples = _with_timer_step([_with_usual_heads(sample) for sample in samples])
     samples = [replace(sample, suspect=sample.suspect | faster_than_smallest(sample)) for sample in samples]
     return replace(table, samples=samples)
 
@@ -87,6 +88,14 @@ def _with_heads(sample: OpSamples, table: OpTable) -> OpSamples:
     kv_heads = max(model.num_key_value_heads // int(degree), 1)
     found = {"num_heads": float(heads), "num_key_value_heads": float(kv_heads)}
     return replace(sample, constants={**sample.constants, **found})
+
+
+def _with_timer_step(samples: Sequence[OpSamples]) -> Sequence[OpSamples]:
+    """The timer's step, where the file's reader does not know it and its times show it."""
+    if not samples or any(sample.resolution_us for sample in samples):
+        return samples
+    step = timer_step_us(np.concatenate([sample.time_us for sample in samples]))
+    return [replace(sample, resolution_us=step) for sample in samples]
 
 
 def _with_usual_heads(sample: OpSamples) -> OpSamples:

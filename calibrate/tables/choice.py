@@ -67,16 +67,18 @@ def _standard_error(difference: FloatArray, held: HeldOut, axes: Sequence[str]) 
 
 
 def floor_of(samples: OpSamples) -> float | None:
-    """Mean absolute error that the measurement's own repeats would show, as a fraction; None where none are known.
+    """Mean absolute error that the measurement's own repeats would show, as a fraction; None where nothing is known.
 
     From the spread s behind each time, or between rows of one batch: E|x| = s sqrt(2/pi) for normal noise. A timer's
-    step d adds a uniform error of standard deviation d / sqrt(12).
+    step d adds a uniform error of standard deviation d / sqrt(12); where there are no repeats it is all that is known.
     """
     spread = np.where(np.isfinite(samples.spread), samples.spread, np.nan)
     if np.isnan(spread).all():
         spread = _between_repeats(samples)
     if np.isnan(spread).all():
-        return None
+        if not samples.resolution_us:
+            return None
+        spread = np.zeros(len(samples))
     step = samples.resolution_us / np.sqrt(12.0) / samples.time_us
     total = np.sqrt(spread**2 + step**2)
     return float(np.nanmean(total)) * float(np.sqrt(2 / np.pi))

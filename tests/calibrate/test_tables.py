@@ -298,6 +298,21 @@ def test_every_work_has_non_negative_finite_terms() -> None:
                 assert np.all(np.isfinite(values)) and np.all(values >= 0), (work, name)
 
 
+def test_a_timer_that_counts_in_steps_is_found_and_is_noise() -> None:
+    rng = np.random.default_rng(0)
+    true = 5.0 + 55.0 * rng.random(600)
+    load = {"num_tokens": np.arange(1, 601)}
+    for step in (0.0, 1.024, 2.048):
+        counted = np.floor(true / step) * step + 0.2 if step else true
+        (sample,) = prepare(table_of(samples_of("tokens", load, counted))).samples
+        assert sample.resolution_us == step
+        floor = floor_of(sample)
+        if step:
+            assert floor == pytest.approx(step / 4 * np.mean(1 / counted), rel=0.1)
+        else:
+            assert floor is None
+
+
 # ---- profiles ------------------------------------------------------------------------------------------------
 
 
