@@ -54,7 +54,13 @@ def _add_format(parser: argparse.ArgumentParser) -> None:
 def _info(args: argparse.Namespace) -> int:
     from kvtwin.traces.describe import describe
     from kvtwin.traces.readers import detect, read_run
+    from kvtwin.traces.readers.summary import is_summary, read_summary
 
+    if args.format is None and is_summary(args.path):
+        found = read_summary(args.path)
+        summary = {"path": str(args.path), "format": "aggregates", "num_requests": found.num_requests, **found.metrics}
+        print(json.dumps(summary, indent=1) if args.json else _as_text(summary))
+        return 0
     name = args.format or detect(args.path)
     summary = {"path": str(args.path), "format": name, **describe(read_run(args.path, name, args.hash_block_tokens))}
     print(json.dumps(summary, indent=1, allow_nan=False) if args.json else _as_text(summary))

@@ -106,6 +106,15 @@ VLLM_BENCH = {
     "errors": ["", "refused", ""],
 }  # fmt: skip
 
+SIMULATED_SGLANG: Rows = [
+    {"rid": "5f3a", "session_id": None, "last_event_time": 0.75, "input_length": 10, "output_length": 2,
+     "final_device_hit_len": 4, "queue_start": 0.0, "queue_end": 0.125, "created_time": 0.0,
+     "gen_token_latencies": [0.5, 0.25]},
+    {"rid": "77b1", "session_id": None, "last_event_time": 0.75, "input_length": 20, "output_length": 3,
+     "final_device_hit_len": 0, "queue_start": 0.375, "queue_end": -1.25, "created_time": 0.25,
+     "gen_token_latencies": []},
+]  # fmt: skip
+
 
 def write_text(path: Path, text: str) -> Path:
     path.write_text(text, encoding="utf-8")
@@ -154,6 +163,7 @@ SAMPLES: Mapping[str, Sample] = {
     "llmservingsim_requests": lambda folder: write_text(folder / "llmservingsim.csv", LLMSERVINGSIM),
     "vidur_requests": lambda folder: write_text(folder / "request_metrics.csv", VIDUR),
     "blis": lambda folder: write_text(folder / "blis.json", json.dumps(BLIS, indent=2)),
+    "sglang_simulator": lambda folder: write_jsonl(folder / "request.jsonl", SIMULATED_SGLANG),
 }
 
 

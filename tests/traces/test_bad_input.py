@@ -32,6 +32,7 @@ JSONL = {
             ["request_id", "input_toks", "output_toks", "arrival_time", "queued_ts", "first_token_ts", "last_token_ts"],
         )
     ],
+    "sglang_simulator": [("", ["input_length", "output_length", "created_time", "gen_token_latencies"])],
     "vllm_recording": [
         ("trace.jsonl", ["request_id", "arrival_s", "input_length", "output_length"]),
         ("requests.jsonl", ["request_id", "due_s", "arrival_ns", "input_length", "output_length", "ttft_s", "e2e_s"]),
@@ -104,7 +105,7 @@ def test_a_bad_field_is_named_with_its_row(
         assert caught.value.column == field
 
 
-@pytest.mark.parametrize("name", [name for name, files in JSONL.items() if name != "llmservingsim_run"])
+@pytest.mark.parametrize("name", [name for name in JSONL if name not in ("llmservingsim_run", "sglang_simulator")])
 def test_unsorted_arrivals(name: str, samples: Samples, tmp_path: Path) -> None:
     path = samples[name](tmp_path)
     place = _place(path, JSONL[name][0][0])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from kvtwin.traces import InputError
-from kvtwin.traces.readers import read_run
+from kvtwin.traces.readers import read_run, vllm_bench
 
 Samples = Mapping[str, Callable[[Path], Path]]
 
@@ -47,6 +47,38 @@ def test_vllm_bench_is_what_the_client_saw(samples: Samples, tmp_path: Path) -> 
     assert found["client_first_token_ns"] == [500_000_000, 750_000_000]
     assert found["client_finish_ns"] == [500_000_000, 1_000_000_000] and found["finish_ns"] == [None, None]
     assert read_run(tmp_path / "bench.json").info.source["failed_requests"] == 1
+
+
+def test_sglang_simulator_is_seconds_and_what_never_came_is_null(samples: Samples, tmp_path: Path) -> None:
+    found = _values(samples, "sglang_simulator", tmp_path)
+    assert found["request_id"] == ["0", "1"] and found["input_tokens"] == [10, 20]
+    assert found["arrival_ns"] == [0, 250_000_000] and found["queued_ns"] == [0, 375_000_000]
+    assert found["scheduled_ns"] == [125_000_000, None]
+    assert found["first_token_ns"] == [500_000_000, None] and found["finish_ns"] == [750_000_000, None]
+
+
+def test_a_benchmark_without_start_times_is_a_run_beside_its_recording(samples: Samples, tmp_path: Path) -> None:
+    path = samples["vllm_bench"](tmp_path)
+    details = json.loads(path.read_text())
+    del details["start_times"]  # SGLang's bench_serving --output-details
+    path.write_text(json.dumps(details) + "\n")
+    recording = read_run(samples["kvtwin_jsonl"](tmp_path))
+    found = vllm_bench.read(path, recording).requests.to_pydict()
+    assert found["request_id"] == ["a", "c"] and found["arrival_ns"] == [250_000_000, 500_000_000]  # the second failed
+    assert found["client_first_token_ns"] == [500_000_000, 1_000_000_000]
+    assert found["client_finish_ns"] == [750_000_000, 1_000_000_000]
+    with pytest.raises(InputError, match="start_times: a list"):
+        read_run(path)
+    path.write_text(json.dumps(details) * 2)
+    with pytest.raises(InputError, match="not JSON"):
+        vllm_bench.read(path, recording)
+    path.write_text((json.dumps(details) + "\n") * 2)
+    with pytest.raises(InputError, match="2 results, one a line"):
+        vllm_bench.read(path, recording)
+    details = {key: value[:2] if isinstance(value, list) else value for key, value in details.items()}
+    path.write_text(json.dumps(details))
+    with pytest.raises(InputError, match="2 requests here, 3 in the recording"):
+        vllm_bench.read(path, recording)
 
 
 @pytest.mark.parametrize(

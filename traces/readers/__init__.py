@@ -23,7 +23,7 @@ from kvtwin.traces.readers import (
     vllm_bench,
     vllm_recording,
 )
-from kvtwin.traces.readers.peers import blis
+from kvtwin.traces.readers.peers import blis, sglang_simulator
 from kvtwin.traces.readers.peers import llmservingsim as llmservingsim_requests
 from kvtwin.traces.readers.peers import vidur as vidur_requests
 from kvtwin.traces.readers.text import find_optional, read_json, read_jsonl, read_lines
@@ -42,6 +42,7 @@ READERS: Final[Mapping[str, Callable[..., Run]]] = {
     "llmservingsim_requests": llmservingsim_requests.read,
     "vidur_requests": vidur_requests.read,
     "blis": blis.read,
+    "sglang_simulator": sglang_simulator.read,
 }
 
 # Formats that leave open how many tokens a block hash stands for; their readers take `hash_block_tokens`.
@@ -55,6 +56,7 @@ _JSONL_FIELDS: Final[Mapping[str, frozenset[str]]] = {
     "kvtwin_jsonl": frozenset({"request_id", "input_length"}),
     "vllm_bench": frozenset({"input_lens", "output_lens", "ttfts", "itls"}),
     "blis": frozenset({"completed_requests", "ttft_mean_ms", "requests"}),
+    "sglang_simulator": frozenset({"rid", "created_time", "gen_token_latencies"}),
 }
 # How the header line of a CSV format begins, without blanks.
 _CSV_HEADERS: Final[Mapping[str, str]] = {

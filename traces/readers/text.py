@@ -188,6 +188,16 @@ class Row:
         except ArithmeticError:  # an exponent beyond what decimals allow
             self.fail(column, f"{_show(value)} is not a number of seconds")
 
+    def seconds_list(self, column: str) -> list[float]:
+        """A list of numbers of seconds, none negative, that add up to what a time can hold."""
+        values = self.get(column)
+        if not isinstance(values, list):
+            self.fail(column, f"{_show(values)} is not a list of seconds")
+        found = [Row(self.path, self.number, {column: value}).seconds(column) for value in values]
+        if sum(found) > MAX_TIME_NS // 10**9:
+            self.fail(column, "s add up to more than kvtwin can hold")
+        return found
+
     def integers(self, column: str, high: int) -> list[int]:
         """A list of integers in [0, high]."""
         values = self.get(column)
@@ -238,7 +248,7 @@ def read_csv(
             no row at all.
     """
     known = {**kinds, **(optional or {})}
-    table = _csv_rows(path)
+    table = csv_rows(path)
     _, header = next(table, (0, []))
     missing = [name for name in kinds if name not in header]
     if missing:
@@ -262,7 +272,7 @@ def read_csv(
     return Columns(path, rows, values)
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+def csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     """Rows of cells. Quoted line breaks are refused, so that a row is a line and errors can name it."""
     for row, line in read_lines(path):
         try:

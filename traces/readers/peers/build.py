@@ -19,7 +19,7 @@ NUMBERED: Final = "request_ids_are_row_numbers"  # in RunInfo.source
 def simulated_run(
     path: Path, reader: str, engine: str, columns: Mapping[str, Sequence[Any]], model: str | None = None
 ) -> Run:
-    """A simulated Run of a peer: requests sorted by arrival, in the queue as they arrive (no peer has a front end).
+    """A simulated Run of a peer: requests sorted by arrival, in the queue as they arrive unless queued_ns is given.
 
     Args:
         path: the file, for errors and provenance.
@@ -35,7 +35,7 @@ def simulated_run(
     values = {name: pa.array(cells) for name, cells in {**names, **columns}.items()}
     rows = pc.sort_indices(pa.table(values), sort_keys=[("arrival_ns", "ascending")])
     ordered = {name: cells.take(rows) for name, cells in values.items()}
-    ordered["queued_ns"] = ordered["arrival_ns"]
+    ordered.setdefault("queued_ns", ordered["arrival_ns"])
     info = RunInfo(
         "simulated", engine=engine, model=model, source=provenance(path, reader, [path], **{NUMBERED: numbered})
     )
