@@ -80,6 +80,7 @@ class ShapeBank:
             raise ValueError("every axis must be strictly increasing and not empty")
         self._places = {name: self.place(name, axis) for name, axis in self.axes.items()}
         self._log_shapes = octave(self.shapes)
+        self._shape_rows = self._index_shapes()
 
     def __call__(self, columns: Columns) -> FloatArray:
         """Values of n batches: float64 of shape (n,)."""
@@ -122,12 +123,35 @@ class ShapeBank:
 
     def _shape_index(self, columns: Columns, n: int) -> npt.NDArray[np.intp]:
         """Row of `shapes` for each batch; of an unknown shape the nearest one, in octaves."""
-        if not self.shape_names:
-            return np.zeros(n, np.intp)
-        wanted = np.column_stack([np.asarray(columns[name], np.float64) for name in self.shape_names])
-        different, inverse = np.unique(wanted, axis=0, return_inverse=True)
-        near = [int(np.argmin(((self._log_shapes - place) ** 2).sum(axis=1))) for place in octave(different)]
-        return np.asarray(near, np.intp)[inverse.ravel()]
+        row, known = np.zeros(n, np.intp), np.ones(n, np.bool_)
+        for name, (values, rows) in zip(self.shape_names, self._shape_rows, strict=True):
+            column = np.asarray(columns[name], np.float64)
+            place = np.minimum(np.searchsorted(values, column), len(values) - 1)
+            row = rows[row, place]
+            known &= (values[place] == column) & (row >= 0)
+        if not known.all():
+            wanted = np.column_stack([np.asarray(columns[name], np.float64)[~known] for name in self.shape_names])
+            different, inverse = np.unique(wanted, axis=0, return_inverse=True)
+            near = [int(np.argmin(((self._log_shapes - place) ** 2).sum(axis=1))) for place in octave(different)]
+            row[~known] = np.asarray(near, np.intp)[inverse.ravel()]
+        return row
+
+    def _index_shapes(self) -> list[tuple[FloatArray, npt.NDArray[np.intp]]]:
+        """For each shape column its values, and which row (after the last column: of `shapes`) they lead to.
+
+        The second is an array of shape (rows so far, values): -1 where no shape goes on like this.
+        """
+        found, row, so_far = [], np.zeros(len(self.shapes), np.intp), 1
+        for dimension in range(len(self.shape_names)):
+            values, place = np.unique(self.shapes[:, dimension], return_inverse=True)
+            rows = np.full((so_far, len(values)), -1, np.intp)
+            last = dimension == len(self.shape_names) - 1
+            pairs, after = np.unique(row * len(values) + place.ravel(), return_inverse=True)
+            after = np.arange(len(self.shapes)) if last else after.ravel()
+            rows[row, place.ravel()] = after
+            found.append((values, rows))
+            row, so_far = after, len(pairs)
+        return found
 
     def knows(self, columns: Columns) -> npt.NDArray[np.bool_]:
         """Which batches lie inside: a known shape, every load within its axis."""

@@ -33,7 +33,7 @@ from kvtwin.calibrate.tables.fill import fill_bank
 from kvtwin.calibrate.tables.holdout import folds, hold_out
 from kvtwin.calibrate.tables.judge import judge_table
 from kvtwin.calibrate.tables.scale import fit_scales, scale_profile
-from kvtwin.sim.latency.bank import staircase
+from kvtwin.sim.latency.bank import ShapeBank, staircase
 from kvtwin.sim.latency.octaves import octave
 from kvtwin.sim.latency.operators import OperatorModel, OperatorTable
 from kvtwin.sim.latency.profile import Profile, read_profile
@@ -311,6 +311,19 @@ def test_a_timer_that_counts_in_steps_is_found_and_is_noise() -> None:
             assert floor == pytest.approx(step / 4 * np.mean(1 / counted), rel=0.1)
         else:
             assert floor is None
+
+
+def test_a_bank_finds_the_row_of_a_shape_and_the_nearest_of_an_unknown_one() -> None:
+    rng = np.random.default_rng(0)
+    shapes = np.unique(rng.choice([1.0, 2.0, 4.0, 12.0, 40.0], size=(12, 3)), axis=0)
+    shapes = shapes[rng.permutation(len(shapes))]
+    names, value = ("a", "b", "c"), np.arange(float(len(shapes)))
+    bank = ShapeBank(names, shapes, {"m": [1.0]}, value[:, None], octaves=True)
+    wanted = np.concatenate([shapes, rng.choice([1.0, 3.0, 4.0, 12.0, 50.0], size=(200, 3))])
+    columns = {"m": np.ones(len(wanted))} | {name: wanted[:, at] for at, name in enumerate(names)}
+    nearest = [int(np.argmin(((octave(shapes) - place) ** 2).sum(axis=1))) for place in octave(wanted)]
+    assert bank(columns).tolist() == nearest
+    assert bank.knows(columns).tolist() == [bool((shapes == row).all(axis=1).any()) for row in wanted]
 
 
 # ---- profiles ------------------------------------------------------------------------------------------------
