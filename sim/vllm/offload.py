@@ -17,8 +17,7 @@ LRU; vLLM's is not.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import takewhile
@@ -32,14 +31,30 @@ from kvtwin.sim.vllm.request import Request
 
 @dataclass(slots=True)
 class _Held:
-    """A block of a level: whether its content is there, and how many transfers read it."""
+    """A block of a level.
 
+    Attributes:
+        rank: when it was last wanted; the smallest goes first.
+        is_ready: whether its content is there.
+        num_readers: how many transfers read it.
+        is_queued: whether it has its entry in the level's queue.
+    """
+
+    rank: int
     is_ready: bool = False
     num_readers: int = 0
+    is_queued: bool = False
+
+    @property
+    def is_evictable(self) -> bool:
+        return self.is_ready and not self.num_readers
 
 
 class Level:
-    """Blocks by key, least recently used first (`LRUOffloadingManager`).
+    """Blocks by key, least recently used first (0.19.0 `CPUOffloadingManager` with `LRUCachePolicy`).
+
+    The queue holds every block that may go, by a rank that may be too small: ranks only grow, so a block that was
+    wanted since finds its place when its turn comes.
 
     Args:
         num_blocks: what it holds.
@@ -48,8 +63,10 @@ class Level:
 
     def __init__(self, num_blocks: int, on_evict: Callable[[int], None]) -> None:
         self.num_blocks, self._on_evict = num_blocks, on_evict
-        self._held: OrderedDict[int, _Held] = OrderedDict()
-        self._num_evictable = 0  # ready, and read by nobody: no search where there are too few
+        self._held: dict[int, _Held] = {}
+        self._queue: list[tuple[int, int]] = []  # heap: rank, key
+        self._rank = 0
+        self._num_evictable = 0
 
     def __len__(self) -> int:
         return len(self._held)
@@ -62,11 +79,14 @@ class Level:
         held = self._held.get(key)
         return held is not None and held.is_ready
 
-    def touch(self, keys: Iterable[int]) -> None:
+    def touch(self, keys: Sequence[int]) -> None:
         """They are wanted: a prefix's first block is the last to go."""
-        for key in reversed(list(keys)):
-            if key in self._held:
-                self._held.move_to_end(key)
+        get, rank = self._held.get, self._rank
+        for key in reversed(keys):
+            if (held := get(key)) is not None:
+                rank += 1
+                held.rank = rank
+        self._rank = rank
 
     def prepare_store(self, keys: Iterable[int]) -> list[int] | None:
         """Make room for those that are not there, none of the others going; returns these, or None where blocks in use
@@ -74,35 +94,52 @@ class Level:
         asked = dict.fromkeys(keys)
         wanted = [key for key in asked if key not in self._held]
         short = len(wanted) - (self.num_blocks - len(self._held))
-        if short > self._num_evictable:
+        if short > 0 and not self._evict(short, asked):
             return None
+        for key in wanted:
+            self._rank += 1
+            self._held[key] = _Held(self._rank)
+        return wanted
+
+    def _evict(self, count: int, spared: Container[int]) -> bool:
+        """Drop the `count` least recently used that may go; False, with nothing dropped, if there are fewer."""
+        if count > self._num_evictable:
+            return False
         victims: list[int] = []
-        for key, held in self._held.items():
-            if len(victims) >= short:
-                break
-            if held.is_ready and not held.num_readers and key not in asked:
+        kept: list[tuple[int, int]] = []
+        while self._queue and len(victims) < count:
+            rank, key = heappop(self._queue)
+            held = self._held[key]
+            if not held.is_evictable:
+                held.is_queued = False
+            elif held.rank > rank:
+                heappush(self._queue, (held.rank, key))
+            elif key in spared:
+                kept.append((rank, key))
+            else:
                 victims.append(key)
-        if len(victims) < short:
-            return None
-        for key in victims:
+        enough = len(victims) == count
+        for entry in kept if enough else [*kept, *((self._held[key].rank, key) for key in victims)]:
+            heappush(self._queue, entry)
+        for key in victims if enough else ():
             del self._held[key]
             self._on_evict(key)
-        self._num_evictable -= len(victims)
-        self._held.update((key, _Held()) for key in wanted)
-        return wanted
+        self._num_evictable -= len(victims) if enough else 0
+        return enough
 
     def complete_store(self, keys: Iterable[int]) -> None:
         """Their content is there."""
         for key in keys:
             held = self._held[key]
-            self._num_evictable += not held.is_ready and not held.num_readers
-            held.is_ready = True
+            if not held.is_ready:
+                held.is_ready = True
+                self._may_go(key, held)
 
     def read(self, keys: Iterable[int]) -> None:
         """A transfer reads them: they stay until `read_done`."""
         for key in keys:
             held = self._held[key]
-            self._num_evictable -= held.is_ready and not held.num_readers
+            self._num_evictable -= held.is_evictable
             held.num_readers += 1
 
     def read_done(self, keys: Iterable[int]) -> None:
@@ -110,14 +147,24 @@ class Level:
         for key in keys:
             held = self._held[key]
             held.num_readers -= 1
-            self._num_evictable += held.is_ready and not held.num_readers
+            self._may_go(key, held)
+
+    def _may_go(self, key: int, held: _Held) -> None:
+        if held.is_evictable:
+            self._num_evictable += 1
+            if not held.is_queued:
+                held.is_queued = True
+                heappush(self._queue, (held.rank, key))
 
     def check_invariants(self) -> None:
-        """INV-TIER: never more than it holds, no reader of what is not there."""
+        """INV-TIER: never more than it holds, no reader of what is not there, whoever may go is in the queue once."""
         assert len(self._held) <= self.num_blocks
-        evictable = sum(held.is_ready and not held.num_readers for held in self._held.values())
-        assert evictable == self._num_evictable
+        evictable = {key for key, held in self._held.items() if held.is_evictable}
+        assert len(evictable) == self._num_evictable
         assert all(held.num_readers == 0 or (held.is_ready and held.num_readers > 0) for held in self._held.values())
+        queued = [key for _, key in self._queue]
+        assert len(queued) == len(set(queued))
+        assert evictable <= set(queued) == {key for key, held in self._held.items() if held.is_queued}
 
 
 class OffloadTiers:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import random
 import sys
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from kvtwin.sim.latency.linear import LinearLatency
 from kvtwin.sim.vllm.block_pool import BlockPool
 from kvtwin.sim.vllm.engine import Engine
+from kvtwin.sim.vllm.offload import Level
 from kvtwin.sim.vllm.simulate import build_requests, simulate
 from kvtwin.traces.errors import KvtwinError
 from kvtwin.traces.run import Run
@@ -115,3 +118,66 @@ def test_queues_add_up_without_tiers_on_both_paths(data: st.DataObject) -> None:
         check_queues(run)
         assert not column(run, "prefetch_ns").any()
         assert not column(run, "swapped_ns").any()
+
+
+class OrderedLevel:
+    """The same as `Level`, in the order of use: block -> (is ready, number of readers)."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks, self.dropped = num_blocks, list[int]()
+        self.held: OrderedDict[int, tuple[bool, int]] = OrderedDict()
+
+    def touch(self, keys: list[int]) -> None:
+        for key in reversed(keys):
+            if key in self.held:
+                self.held.move_to_end(key)
+
+    def prepare_store(self, keys: list[int]) -> list[int] | None:
+        wanted = [key for key in keys if key not in self.held]
+        short = max(0, len(wanted) - (self.num_blocks - len(self.held)))
+        may_go = [key for key, state in self.held.items() if state == (True, 0) and key not in keys]
+        if len(may_go) < short:
+            return None
+        for key in may_go[:short]:
+            del self.held[key]
+        self.dropped += may_go[:short]
+        self.held.update((key, (False, 0)) for key in wanted)
+        return wanted
+
+    def some(self, rng: random.Random, *, ready: bool, read: bool) -> list[int]:
+        states = self.held.items()
+        return [
+            key for key, (is_ready, count) in states if is_ready == ready and (count or not read) and rng.random() < 0.5
+        ]
+
+    def set(self, keys: list[int], readers: int) -> None:
+        for key in keys:
+            self.held[key] = (True, self.held[key][1] + readers)
+
+
+@settings(max_examples=MANY)
+@given(st.integers(0, 2**32), st.sampled_from([3, 8, 20]))
+def test_a_level_drops_what_was_used_longest_ago(seed: int, num_blocks: int) -> None:
+    rng, dropped = random.Random(seed), list[int]()
+    level, plain = Level(num_blocks, dropped.append), OrderedLevel(num_blocks)
+    for _ in range(80):
+        keys = rng.sample(range(30), rng.randint(1, 5))
+        what = rng.choice(["store", "store", "touch", "complete", "read", "read done"])
+        if what == "store":
+            assert level.prepare_store(keys) == plain.prepare_store(keys)
+        elif what == "touch":
+            level.touch(keys)
+            plain.touch(keys)
+        elif what == "complete":
+            keys = plain.some(rng, ready=False, read=False)
+            level.complete_store(keys)
+            plain.set(keys, 0)
+        else:
+            done = what == "read done"
+            keys = plain.some(rng, ready=True, read=done)
+            (level.read_done if done else level.read)(keys)
+            plain.set(keys, -1 if done else 1)
+        level.check_invariants()
+        assert dropped == plain.dropped
+        assert all(key in level for key in plain.held)
+        assert len(level) == len(plain.held)
