@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from kvtwin.traces import InputError
 from kvtwin.traces.readers import read_run, vllm_bench
 
 Samples = Mapping[str, Callable[[Path], Path]]
+LISTS = ("input_lens", "output_lens", "ttfts", "itls")
 
 
 def _values(samples: Samples, name: str, folder: Path) -> dict[str, Any]:
@@ -94,7 +97,8 @@ def test_a_benchmark_without_start_times_is_a_run_beside_its_recording(samples: 
         ("vidur_requests", "\n1,", "\n2,", "row 3, Request Id: 1 expected"),
         ("blis", "20.5,\n      \"itl", "-1,\n      \"itl", "row 1, ttft_ms: -1 milliseconds is out of range"),
         ("blis", '"requests"', '"request"', "requests: a list of requests expected"),
-        ("vllm_bench", '"start_times"', '"starts"', "start_times: a list .* --save-detailed"),
+        ("vllm_bench", '"start_times"', '"starts"', "start_times: a list .* can only be compared: kvtwin validate e2e"),
+        ("vllm_bench", '"ttfts"', '"ttft"', "ttfts: a list .* --save-detailed"),
         ("vllm_bench", "[3, 0, 1]", "[3, 0]", "differ in length: 3, 2, 3, 3, 3"),
         ("vllm_bench", "[0.125, 0.125]", "[0.125, null]", "row 1, itls: None is not a number"),
     ],
@@ -113,3 +117,19 @@ def test_blis_on_one_line_is_told_apart_too(samples: Samples, tmp_path: Path) ->
     path = samples["blis"](tmp_path)
     path.write_text(json.dumps(json.loads(path.read_text())))
     assert read_run(path).requests.num_rows == 2
+
+
+CELL = st.none() | st.booleans() | st.floats() | st.integers(-2, 1 << 70) | st.text(max_size=3) | st.lists(st.floats())
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(lists=st.fixed_dictionaries({name: st.lists(CELL, min_size=3, max_size=3) for name in LISTS}))
+def test_any_benchmark_is_a_run_or_one_line(lists: dict[str, Any], samples: Samples, tmp_path: Path) -> None:
+    (tmp_path / "recording").mkdir(exist_ok=True)
+    recording = read_run(samples["kvtwin_jsonl"](tmp_path / "recording"))
+    path = tmp_path / "bench.json"
+    path.write_text(json.dumps(lists))
+    try:
+        vllm_bench.read(path, recording)
+    except InputError as error:
+        assert "\n" not in str(error)

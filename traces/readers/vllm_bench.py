@@ -27,6 +27,11 @@ from kvtwin.traces.time import from_seconds
 
 _LISTS: Final = ("input_lens", "output_lens", "ttfts", "itls", "start_times")
 
+_REMEDIES: Final = {
+    "": "; `vllm bench serve --save-detailed` of a recent vLLM writes it",
+    "start_times": "; without it the file can only be compared: kvtwin validate e2e RECORDING FILE --clock arrival",
+}
+
 
 def read(path: Path, recording: Run | None = None) -> Run:
     """Read a detailed benchmark result as a recorded Run; request ids are row numbers.
@@ -61,7 +66,7 @@ def read(path: Path, recording: Run | None = None) -> Run:
 def _list(result: Mapping[str, Any], column: str, path: Path) -> list[Any]:
     values = result.get(column)
     if not isinstance(values, list) or not values:
-        remedy = "; `vllm bench serve --save-detailed` of a recent vLLM writes it" if column not in result else ""
+        remedy = _REMEDIES.get(column, _REMEDIES[""]) if column not in result else ""
         raise InputError(f"a list with an entry per request expected{remedy}", path=path, column=column)
     return values
 
