@@ -45,7 +45,8 @@ def read(path: Path, recording: Run | None = None) -> Run:
             `recording` has more or fewer requests.
     """
     result = read_result(path).values
-    names = _LISTS if recording is None or "start_times" in result else _LISTS[:-1]
+    replayed = None if "start_times" in result else recording
+    names = _LISTS if replayed is None else _LISTS[:-1]
     lists = [_list(result, column, path) for column in names]
     if len({len(values) for values in lists}) != 1:
         problem = f"{', '.join(names)} differ in length: {', '.join(str(len(values)) for values in lists)}"
@@ -54,7 +55,7 @@ def read(path: Path, recording: Run | None = None) -> Run:
     served = [row for row in rows if row.integer("output_lens", 0, MAX_TOKENS)]
     if not served:
         raise InputError("holds no request that succeeded", path=path, column="output_lens")
-    sent = _started(served) if recording is None or "start_times" in result else _as_recorded(rows, recording)
+    sent = _started(served) if replayed is None else _as_recorded(rows, replayed)
     requests = sorted((_read_row(row, *sent[row.number]) for row in served), key=lambda request: request["arrival_ns"])
     columns = {name: [request[name] for request in requests] for name in requests[0]}
     model = result.get("model_id")
