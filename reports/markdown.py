@@ -6,6 +6,7 @@ import html
 import re
 from collections.abc import Sequence
 
+from kvtwin.reports.peers import PeerTable, peer_tables
 from kvtwin.reports.words import causes, cells, describe_drift, noise_floor_sentence, summary, title, verdict_word
 from kvtwin.validate.result import Check, Drift, TargetReport
 
@@ -24,11 +25,19 @@ def render_markdown(report: TargetReport) -> str:
         lines.append("")
     if found := causes(report):
         lines += ["**What the errors come from**", "", *(f"- {escape(text)}" for text in found), ""]
+    for table in peer_tables(report):
+        lines += [f"**Other simulators on {escape(table.run)}**", "", *_peers(table), ""]
     if report.drifts:
         lines += ["**Since the accepted report**", "", *(_drift_line(drift) for drift in report.drifts), ""]
     floors = dict.fromkeys(noise_floor_sentence(comparison.repeats) for comparison in report.comparisons)
     lines += [f"- {escape(text)}" for text in floors if text]
     return "\n".join([*lines, *_notes(report.checks)]).rstrip("\n") + "\n"
+
+
+def _peers(table: PeerTable) -> list[str]:
+    rule = "|---|" + "---:|" * (len(table.heads) - 1)
+    head, *rows = (f"| {' | '.join(escape(cell) for cell in row)} |" for row in (table.heads, *table.rows))
+    return [head, rule, *rows, *(line for note in table.notes for line in ("", escape(note)))]
 
 
 def _drift_line(drift: Drift) -> str:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import TextIO
 
+from kvtwin.reports.peers import PeerTable, peer_tables
 from kvtwin.reports.words import Cells, causes, cells, describe_drift, summary, title, verdict_word
 from kvtwin.validate.result import TargetReport
 
@@ -46,6 +47,8 @@ def render_terminal(report: TargetReport, *, width: int = 120, colour: bool = Fa
     lines += _table(columns, rows, colour) if rows else ["no checks"]
     if found := causes(report):
         lines += ["", "what the errors come from:", *(_plain(f"  {text}") for text in found)]
+    for table in peer_tables(report):
+        lines += ["", _plain(f"other simulators on {table.run}:"), *_peers(table)]
     if report.drifts:
         lines += ["", "since the accepted report:"]
         lines += [
@@ -61,6 +64,13 @@ def print_report(report: TargetReport, stream: TextIO) -> None:
     is_terminal = stream.isatty()
     width = shutil.get_terminal_size().columns if is_terminal else sys.maxsize
     stream.write(render_terminal(report, width=width, colour=is_terminal and not os.environ.get("NO_COLOR")))
+
+
+def _peers(table: PeerTable) -> list[str]:
+    rows = [[_plain(cell) for cell in row] for row in (table.heads, *table.rows)]
+    widths = [max(len(row[at]) for row in rows) for at in range(len(table.heads))]
+    lines = ["  " + _GAP.join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+    return [*lines, *(f"  {_plain(note)}" for note in table.notes)]
 
 
 def _column_widths(columns: Sequence[tuple[str, str, int]], rows: Sequence[Cells]) -> list[int]:

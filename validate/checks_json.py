@@ -20,6 +20,7 @@ from kvtwin.validate.result import (
     Check,
     Comparison,
     Drift,
+    Peer,
     ScheduleFinding,
     TargetReport,
 )
@@ -53,7 +54,7 @@ class StoredReport:
         target, checks, profile, provenance: as in TargetReport.
         comparisons: by name of the recorded run.
         created: when the check was made, UTC, as "2026-11-23T11:20:00Z"; None in files older than this key.
-        schedules, attributions, drifts: as in TargetReport; empty in files older than these keys.
+        schedules, attributions, drifts, peers: as in TargetReport; empty in files older than these keys.
     """
 
     verdict: Literal["pass", "fail"]
@@ -66,6 +67,7 @@ class StoredReport:
     schedules: tuple[ScheduleFinding, ...] = ()
     attributions: tuple[Attribution, ...] = ()
     drifts: tuple[Drift, ...] = ()
+    peers: tuple[Peer, ...] = ()
 
 
 def to_json(report: TargetReport) -> dict[str, Any]:
@@ -87,6 +89,7 @@ def to_json(report: TargetReport) -> dict[str, Any]:
         "schedules": report.schedules,
         "attributions": report.attributions,
         "drifts": report.drifts,
+        "peers": report.peers,
     }
     plain: dict[str, Any] = to_plain(document)
     return plain

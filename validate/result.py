@@ -29,7 +29,7 @@ class Check:
         unit: unit of `measured` and `simulated`: "ms", "tokens/s", "%" ...
         measured, simulated: the two values; NaN where the metric has only an error (a MAPE).
         error: signed, relative to the measurement: simulated / measured - 1. A MAPE is its own error.
-        interval: 95 % bootstrap interval of `error`.
+        interval: 95 % interval of `error`.
         n: how many requests or steps it rests on.
         noise_floor: |error| that repeats of the same real run show among themselves; None without repeats.
         threshold: largest |error| the gate allows; None without a gate.
@@ -193,6 +193,21 @@ class Drift:
     verdict: Literal["fail", "worse", "better", "new", "gone"]
 
 
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Another simulator's prediction of a recorded run, judged as ours is.
+
+    Attributes:
+        run: name of the recorded run.
+        name: the simulator's.
+        checks: the end-to-end level; no gate is asked of it.
+    """
+
+    run: str
+    name: str
+    checks: tuple[Check, ...]
+
+
 @dataclass(frozen=True)
 class TargetReport:
     """Everything that one `kvtwin check` of one target found.
@@ -202,10 +217,11 @@ class TargetReport:
         checks: in the order to show them.
         comparisons: one per recorded run that was judged.
         profile: summary of the profile used (kind, accuracy, noise floor, domain, provenance).
-        provenance: kvtwin version, command, date of the data, digests of the inputs, seed.
+        provenance: kvtwin version, command, date of the data, digests of the inputs.
         schedules: scheduler logs beside the simulated scheduler, one per recorded run with steps.
         attributions: the causes of the end-to-end errors, by run and metric.
         drifts: what changed since the accepted report; empty without `--baseline`.
+        peers: other simulators on the same recordings, by run; empty where the target names none.
         created: when the check was made, UTC, as "2026-11-23T11:20:00Z"; None where nobody noted it.
     """
 
@@ -217,6 +233,7 @@ class TargetReport:
     schedules: tuple[ScheduleFinding, ...] = ()
     attributions: tuple[Attribution, ...] = ()
     drifts: tuple[Drift, ...] = ()
+    peers: tuple[Peer, ...] = ()
     created: str | None = None
 
     @property

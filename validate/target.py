@@ -22,9 +22,10 @@ _TEXTS: Final = ("name", "hardware", "description")
 _CLOCKS: Final[Mapping[str, Literal["queued_ns", "arrival_ns"]]] = {"queued": "queued_ns", "arrival": "arrival_ns"}
 _TOP: Final = (
     *_TEXTS, "model", "profile", "calibrate", "collectives", "tensor_parallel_size", "engine", "clock", "run", "workload",
-    "workloads", "gates",
+    "workloads", "gates", "peers",
 )  # fmt: skip
-_GROUP: Final = ("name", "runs", "workload", "engine", "clock")
+_BESIDE_RUN: Final = ("workload", "peers")
+_GROUP: Final = ("name", "runs", "workload", "engine", "clock", "peers")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Workload:
         workload: what was sent, where the recordings leave out token ids; None: the recordings say it all.
         engine: settings that differ from the target's.
         clock: what TTFT and latency count from.
+        peers: what other simulators say of it, by their names: their runs or aggregates.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Workload:
     workload: Path | None
     engine: Mapping[str, Any]
     clock: Literal["queued_ns", "arrival_ns"]
+    peers: Mapping[str, Path] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -131,9 +134,10 @@ class _Reader:
         if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
             raise self.wrong("workloads", "tables expected: [[workloads]]")
         if "run" in table:
-            groups = [{key: table[key] for key in ("workload",) if key in table} | {"runs": [table["run"]]}, *groups]
-        elif "workload" in table:
-            raise self.wrong("workload", "needs run = PATH beside it, or put both into a [[workloads]] table")
+            beside = {key: table[key] for key in _BESIDE_RUN if key in table}
+            groups = [beside | {"runs": [table["run"]]}, *groups]
+        elif alone := next((key for key in _BESIDE_RUN if key in table), None):
+            raise self.wrong(alone, "needs run = PATH beside it, or put both into a [[workloads]] table")
         if not groups:
             raise self.wrong("run", "nothing to judge: give run = PATH, or [[workloads]] tables")
         found = tuple(self.workload(group, f"workloads[{index}]", clock) for index, group in enumerate(groups))
@@ -157,7 +161,13 @@ class _Reader:
             workload=self.place(group["workload"], f"{key}.workload") if "workload" in group else None,
             engine=self.engine(group.get("engine", {}), f"{key}.engine"),
             clock=_CLOCKS[clock],
+            peers=self.peers(group.get("peers", {}), f"{key}.peers"),
         )
+
+    def peers(self, value: Any, key: str) -> Mapping[str, Path]:
+        if not isinstance(value, dict):
+            raise self.wrong(key, "a table of names and paths expected, such as { LLMServingSim = 'peer.csv' }")
+        return {name: self.place(place, f"{key}.{name}") for name, place in value.items()}
 
     def engine(self, value: Any, key: str) -> Mapping[str, Any]:
         """A table of settings, or the path of a file that holds one."""

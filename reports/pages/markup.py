@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from kvtwin.reports.numbers import MISSING, number
 
 MARKS = {"pass": "✓", "fail": "✗", "not distinguishable": "≈", "not judged": "○", "no gate": "○"}
 _MINUS = "\N{MINUS SIGN}"
+_NEGATIVE = re.compile(r"(?<![^ (])-(?=\d)")  # a word, or what stands in brackets, that begins so
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +42,7 @@ def typeset(value: str) -> str:
     """Escaped text whose numbers have a true minus sign and whose missing value is a dash."""
     if value == MISSING:
         return "&ndash;"
-    words = [f"{_MINUS}{word[1:]}" if word[0] == "-" and word[1:2].isdigit() else word for word in value.split()]
-    return text(" ".join(words)).replace(" %", "&nbsp;%")
+    return text(_NEGATIVE.sub(_MINUS, " ".join(value.split()))).replace(" %", "&nbsp;%")
 
 
 def verdict_class(verdict: str) -> str:

@@ -24,6 +24,7 @@ from kvtwin.reports.pages.plots import Figure, figure_html, specs_of
 from kvtwin.reports.pages.run_figures import figures_of_run
 from kvtwin.reports.pages.shell import render_page, sidebar
 from kvtwin.reports.pages.trend import date_of, trend_figure
+from kvtwin.reports.peers import PeerTable, peer_tables
 from kvtwin.reports.words import clock_sentence, noise_floor_sentence, summary, title, verdict_word
 from kvtwin.validate.checks_json import StoredReport
 from kvtwin.validate.result import Drift
@@ -166,12 +167,19 @@ def _run_section(index: int, name: str, report: StoredReport, drawn: tuple[RunFi
     else:
         body = "".join(figure_html(str(index), figure) for figure in drawn[1])
     schedule = schedule_html([found for found in report.schedules if found.run == name])
+    peers = "".join(_peers(table) for table in peer_tables(report) if table.run == name)
     return f"""<section class="run" id="run-{index}" aria-labelledby="run-{index}-heading">
 <h3 id="run-{index}-heading">{text(name)}</h3>
 {soft}
-<div class="grid">{body}{schedule}</div>
+<div class="grid">{body}{schedule}{peers}</div>
 </section>
 """
+
+
+def _peers(table: PeerTable) -> str:
+    shown = plain_table(Table("The same recording, with our errors and theirs", table.heads, table.rows))
+    notes = "".join(f'<p class="soft">{text(note)}</p>' for note in table.notes)
+    return f'<div class="panel c12 peers"><h4>Other simulators</h4>{shown}{notes}</div>'
 
 
 def _preemptions(measured: int | None, simulated: int | None) -> str:
@@ -195,7 +203,7 @@ def _reproduce_section(report: StoredReport) -> str:
         lines = [f"pip install kvtwin=={version}"] if isinstance(version, str) else []
         body = (
             f'<pre class="panel" tabindex="0"><code id="command">{text(chr(10).join([*lines, command]))}</code></pre>'
-            '<p class="soft">The same target folder and seed give the same numbers; the digests of the recordings '
+            '<p class="soft">The same target folder gives the same numbers; the digests of the recordings '
             "stand below, under Provenance.</p>"
         )
     return f'<section aria-labelledby="reproduce"><h2 id="reproduce">How to reproduce</h2>{body}</section>'
