@@ -329,7 +329,15 @@ def test_the_oracles_vllm_logs_are_replayed_as_they_are(shared: Path, log_name: 
 
 
 @pytest.mark.parametrize(
-    "log_name", ["sched_loop_ov_sep_p16", "sched_retract_norm_p16", "v059/sched_prio_p1", "hi_l2_write_back_p16"]
+    "log_name",
+    [
+        "sched_loop_ov_sep_p16",
+        "sched_retract_norm_p16",
+        "v059/sched_prio_p1",
+        "hi_l2_write_back_p16",
+        "hi_l2slow_write_back_p16",  # schedule() waits for write-backs while requests arrive
+        "hi_l2slow_write_through_selective_p16",  # nothing runs, and who waits waits for a transfer
+    ],
 )
 def test_the_oracles_sglang_logs_are_replayed_as_they_are(shared: Path, log_name: str) -> None:
     run = read_run(shared / "oracle" / "sglang" / f"{log_name}.jsonl.gz")
@@ -337,3 +345,17 @@ def test_the_oracles_sglang_logs_are_replayed_as_they_are(shared: Path, log_name
         run, replay_schedule(run, engine_config(replay_settings(run, {}), "test")), name="log"
     )
     assert finding.num_identical == finding.num_steps == run.steps.num_rows
+
+
+def test_what_an_sglang_log_does_not_hold_is_said(shared: Path) -> None:
+    """Answers that later prompts continue: the real engine's own log parts from its replay, and the finding says why."""
+    run = read_run(shared / "oracle" / "sglang" / "v059" / "hi_l2_write_back_p16.jsonl.gz")
+    config = engine_config(replay_settings(run, {}), "test")
+    finding, _ = compare_schedulers(run, replay_schedule(run, config), name="log")
+    assert finding.first is not None and finding.first.what == "cache_len"
+    assert any("ids of output tokens are not recorded" in reason for reason in finding.not_judged)
+    place = run.requests.schema.get_field_index("block_hashes")
+    alone = run.requests.set_column(place, "block_hashes", pa.nulls(run.requests.num_rows, pa.list_(pa.uint64())))
+    blind = Run(run.info, {"requests": alone, "steps": run.steps})
+    finding, _ = compare_schedulers(blind, replay_schedule(blind, config), name="log")
+    assert any("block_hashes are not recorded" in reason for reason in finding.not_judged)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Final, Protocol
 
 import numpy as np
@@ -46,6 +47,9 @@ class ReplayEngine(Protocol):
 
     depth: int
     """Most batches in flight: 2 where a step is scheduled before the tokens of the one before are known."""
+
+    blocks: bool
+    """Whether schedule() may wait for transfers: a recorded sched_ns is then its end, and it began as soon as it could."""
 
     def add(self, row: int, time_ns: int) -> None:
         """A request has reached the engine."""
@@ -106,11 +110,36 @@ def _replay_vllm(measured: Run, config: VllmConfig, hits: IntArray | None) -> Ru
 
 
 def _replay_sglang(measured: Run, config: SglangConfig) -> Run:
+    """As a server, whose idle loop turns on, or, where more of the log agrees with it, as on a virtual clock."""
+    run = _replay_turning(measured, config, turns_idle=True)
+    agreed = _num_agreed(measured, run)
+    if config.disable_overlap_schedule or agreed == measured.steps.num_rows:
+        return run
+    other = _replay_turning(measured, config, turns_idle=False)
+    if _num_agreed(measured, other) <= agreed:
+        return run
+    note = "a loop with nothing to do did not turn before the next arrival, as on a virtual clock: read from the log"
+    other.info.source[NOTES].append(note)
+    return other
+
+
+def _num_agreed(measured: Run, run: Run) -> int:
+    """Steps before the first with another batch."""
+    first = int(run.info.source.get(FIRST_STEP, 0))
+    columns = ("request", "cache_len", "input_len")
+    one, two = (
+        zip(*(side.column(name).to_pylist() for name in columns), strict=True)
+        for side in (measured.steps.slice(first), run.steps)
+    )
+    return first + sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, two, strict=False)))
+
+
+def _replay_turning(measured: Run, config: SglangConfig, *, turns_idle: bool) -> Run:
     from kvtwin.validate.scheduler.replay_sglang import SglangReplay
 
     slots = read_slots(measured, asynchronous=not config.disable_overlap_schedule)
     beginning = read_beginning(measured, queued_ns(measured), prefix_caching=not config.disable_radix_cache)
-    engine = SglangReplay(measured, config)
+    engine = SglangReplay(measured, config, turns_idle=turns_idle)
     if beginning.is_whole:
         return _drive(engine, measured, slots, (), engine.notes)
     first = beginning.quiet_step()
@@ -164,8 +193,15 @@ class _Loop:
                 may_try = not self._call(StepTimes(self._now_ns, update_ns, update_ns, update_ns))
             self._update()
         self._wait_until(times.sched_ns)
+        self._now_ns = max(self._now_ns, self._called_ns(times.sched_ns))
+        self._call(replace(times, sched_ns=min(times.sched_ns, self._now_ns)))
         self._now_ns = max(self._now_ns, times.sched_ns)
-        self._call(times)
+
+    def _called_ns(self, sched_ns: int) -> int:
+        """When a call began of which the recording shows the end, if it may have waited for transfers."""
+        if not self._engine.blocks:
+            return sched_ns
+        return min(sched_ns, self._coming[0][1]) if self._coming and self._engine.is_idle else self._now_ns
 
     def _wait_until(self, time_ns: int) -> None:
         """An engine that waits for transfers looks again whenever one ends, or a request comes."""

@@ -17,11 +17,20 @@ _NO_LATENCY = LinearLatency(1, 0, 0, 0)  # never asked: the recording says how l
 
 
 class SglangReplay:
-    """See `replay.ReplayEngine`."""
+    """See `replay.ReplayEngine`.
 
-    def __init__(self, measured: Run, config: SglangConfig) -> None:
-        self._measured, self._config = measured, config
+    Args:
+        measured, config: see `replay.replay_schedule`.
+        turns_idle: whether the loop turns once more before it waits for an arrival, and new_token_ratio starts anew. A
+            server's does. On a virtual clock (the oracle's, ours) time jumps to the arrival first, with overlap.
+    """
+
+    def __init__(self, measured: Run, config: SglangConfig, *, turns_idle: bool = True) -> None:
+        self._measured, self._config, self._turns_idle = measured, config, turns_idle
         self.depth = 1 if config.disable_overlap_schedule else 2
+        # write_back copies what is evicted to the host before the batch is formed, while requests arrive.
+        writes_back = config.enable_hierarchical_cache and config.hicache_write_policy == "write_back"
+        self.blocks = writes_back and config.disable_overlap_schedule
         self._requests = build_requests(measured, config)
         self._recorder = Recorder(len(self._requests), record_steps=True)
         engine = build_engine(config, _NO_LATENCY, observer=self._recorder)
@@ -31,10 +40,18 @@ class SglangReplay:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What had to be assumed."""
-        if not self._config.hicache_storage_backend:
-            return ()
-        return ("when the engine looked at its prefetches between two steps is not recorded: at every transfer's end",)
+        """What had to be assumed: a divergence that follows from it is not the scheduler's."""
+        notes = []
+        if not self._config.disable_radix_cache:
+            if self._measured.requests.column("block_hashes").null_count:
+                notes.append("block_hashes are not recorded: a prompt without them shares no prefix with another")
+            if self._config.rules.caches_outputs:
+                notes.append("ids of output tokens are not recorded: a prompt that continues an answer misses it")
+        if self._config.hicache_storage_backend:
+            notes.append(
+                "when the engine looked at its prefetches between two steps is not recorded: at every transfer's end"
+            )
+        return tuple(notes)
 
     def add(self, row: int, time_ns: int) -> None:
         """See `ReplayEngine`."""
@@ -49,7 +66,7 @@ class SglangReplay:
             if not self._in_flight:
                 self._scheduler.note_idle()
             return False
-        step = Launched(batch, times.sched_ns, times.start_ns, times.end_ns)
+        step = Launched(batch, self._clock.now_ns, times.start_ns, times.end_ns)
         self._recorder.launched(step)
         self._in_flight.append(step)
         return True
@@ -63,7 +80,7 @@ class SglangReplay:
     @property
     def is_idle(self) -> bool:
         """See `ReplayEngine`."""
-        return not self._scheduler.waiting and not self._runs
+        return self._turns_idle and not self._scheduler.waiting and not self._runs
 
     @property
     def _runs(self) -> bool:
@@ -73,7 +90,7 @@ class SglangReplay:
 
     def next_event_ns(self) -> int | None:
         """See `ReplayEngine`."""
-        if not self._config.hicache_storage_backend or self._runs or not self._scheduler.waiting:
+        if not self._config.enable_hierarchical_cache or self._runs or not self._scheduler.waiting:
             return None
         event_ns: int | None = self._scheduler.cache.next_event_ns()
         return event_ns if event_ns is not None and event_ns > self._clock.now_ns else None

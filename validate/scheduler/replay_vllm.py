@@ -30,6 +30,7 @@ class VllmReplay:
     def __init__(self, measured: Run, config: VllmConfig, hits: IntArray | None = None) -> None:
         self._measured, self._config = measured, config
         self.depth = 2 if config.async_scheduling else 1
+        self.blocks = False
         self._rows: IntArray = np.argsort(queued_ns(measured), kind="stable")
         self._place = np.argsort(self._rows).tolist()
         self._book = build_requests(measured, config, None, self._rows)
