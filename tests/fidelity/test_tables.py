@@ -26,10 +26,10 @@ pytestmark = pytest.mark.fidelity
 GATES: Final[Mapping[tuple[str, str], Mapping[str, float]]] = {
     ("llmservingsim/", "dense"): {"": 1.5},
     ("llmservingsim/", "per_sequence"): {"": 2.0},
-    ("llmservingsim/", "attention"): {"prefix": 1.9, "chunk": 3.6, "context": 2.9, "num_decode": 5.1},
-    ("llmservingsim/", "skew"): {"chunk": 2.7, "prefix": 2.1, "long_share": 3.0, "context": 4.4, "num_decode": 6.4},
+    ("llmservingsim/", "attention"): {"prefix": 1.9, "chunk": 3.5, "context": 2.8, "num_decode": 4.9},
+    ("llmservingsim/", "skew"): {"chunk": 2.7, "prefix": 2.1, "long_share": 3.0, "context": 4.1, "num_decode": 6.0},
     ("llmservingsim_v0/", "layers"): {"": 0.8},
-    ("llmservingsim_v0/", "attention"): {"prefix": 0.3, "chunk": 1.2, "context": 1.8, "num_decode": 6.0},
+    ("llmservingsim_v0/", "attention"): {"prefix": 0.3, "chunk": 1.2, "total_context": 0.8, "num_decode": 1.0},
     ("vidur/compute/", "mlp"): {"": 2.0},
     ("splitwise/", "perf_model"): {"num_seqs": 8.0, "prompt_tokens": 4.2, "num_decode": 2.0, "context": 2.6},
     ("vidur/network/", "all_reduce"): {"": 4.5},
