@@ -292,14 +292,13 @@ class SglangScheduler:
         return Batch(DECODE, running, cache_lens, [1] * len(running), 0, retracted=retracted)
 
     def make_room(self) -> bool:
-        """Evict what the next decode would; False, and nothing done, where that may not be enough."""
+        """Evict what the next decode would; False where it would retract somebody."""
         wanted = len(self.running) * self.pool.page_size
         if self.pool.available < wanted:
-            if self.pool.available + self.cache.evictable_size() < wanted:
+            if not self._has_room(self.running):
                 return False
-            self._has_room(self.running)
             self._evict_for(wanted)
-        return self.pool.available >= wanted
+        return True
 
     def _has_room(self, requests: list[SglangRequest]) -> bool:
         """Whether the next token of each finds room, after an eviction if need be (`check_decode_mem`)."""
@@ -312,10 +311,14 @@ class SglangScheduler:
         size = self.pool.page_size
         if size == 1:
             return len(requests)
+        return sum([length % size == 0 for length in self.expected_lens(requests)])
+
+    def expected_lens(self, requests: list[SglangRequest]) -> list[int]:
+        """Tokens with KV, as they are counted to tell who begins a page with the next decode step."""
         if self._rules.counts_pages_by_kv:
-            return sum([request.kv_len % size == 0 for request in requests])
+            return [request.kv_len for request in requests]
         known = 0 if not self.config.disable_overlap_schedule else 1
-        return sum([(request.num_tokens - known) % size == 0 for request in requests])
+        return [request.num_tokens - known for request in requests]
 
     def _retract(self) -> list[SglangRequest]:
         """Take requests out until the rest finds room: fewest outputs first, ties longest prompt first."""

@@ -53,15 +53,31 @@ def num_steady_steps(scheduler: SglangScheduler, most: int) -> int:
     steps = min(most, min([request.max_new_tokens - request.num_outputs for request in running]) - 1)
     if steps <= 0 or not scheduler.make_room():
         return 0
+    size, available = scheduler.pool.page_size, scheduler.pool.available
     # Nothing more is evicted as long as there is this much: a decode asks for a page per request, needed or not.
-    spare = scheduler.pool.available - len(running) * scheduler.pool.page_size
-    size = scheduler.pool.page_size
+    spare = available - len(running) * size
+    if spare < 0:
+        return _steps_without_eviction(scheduler, steps)
     if size == 1:
         return min(steps, spare // len(running) + 1)
     if spare >= len(running) * size * (steps // size + 1):
         return steps
     begun = np.cumsum(size * pages_begun([request.kv_len for request in running], size, steps))
     return min(steps, int(np.searchsorted(begun, spare, side="right")) + 1)
+
+
+def _steps_without_eviction(scheduler: SglangScheduler, most: int) -> int:
+    """Steps that can be taken where a decode asks for more than there is, and evicts in vain: nothing can go.
+
+    Until somebody is retracted, that is: when the pages that a step is expected to begin are not there any more.
+    """
+    if scheduler.cache.evictable_size() > 0:
+        return 0
+    size, running = scheduler.pool.page_size, scheduler.running
+    begun = size * pages_begun([request.kv_len for request in running], size, most)
+    asked = np.maximum(begun, size * pages_begun(scheduler.expected_lens(running), size, most))
+    lacking = np.flatnonzero(np.cumsum(begun) - begun + asked > scheduler.pool.available)
+    return int(lacking[0]) if len(lacking) else most
 
 
 def pages_begun(kv_lens: list[int], page_size: int, num_steps: int) -> IntArray:

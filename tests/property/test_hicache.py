@@ -67,7 +67,8 @@ def random_server(rng: random.Random) -> SglangConfig:
             "max_tokens": rng.choice([None, 256, 2000]),
         },
         hicache_links={
-            "d2h_per_token": rng.choice([10, 5_000, 100_000]), "read_per_page": rng.choice([100, 100_000, 3_000_000])
+            "d2h_per_token": rng.choice([10, 5_000, 100_000]), "read_per_page": rng.choice([100, 100_000, 3_000_000]),
+            "write_per_page": rng.choice([100, 1_000_000]),
         },
     )  # fmt: skip
 
