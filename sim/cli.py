@@ -39,7 +39,7 @@ def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
 
 def _run(args: argparse.Namespace) -> int:
     # Imported here: `kvtwin --help` must not wait for numpy and pyarrow.
-    from kvtwin.sim.latency.profile import read_profile
+    from kvtwin.sim.latency.profile import PROFILE_FILE, read_profile
     from kvtwin.sim.progress import progress_bar
     from kvtwin.sim.vllm.config import read_settings
     from kvtwin.sim.vllm.simulate import peak_rss_bytes, with_metrics
@@ -66,7 +66,8 @@ def _run(args: argparse.Namespace) -> int:
         "peak_rss_bytes": peak_rss_bytes(),
     }
     simulated = time.perf_counter()
-    with_metrics(run, **metrics).write(args.output)
+    # With its profile a simulated run says all that it came from (`kvtwin validate attribution`).
+    with_metrics(run, **metrics).write(args.output, beside={PROFILE_FILE: args.profile})
     metrics |= {"write_s": round(time.perf_counter() - simulated, 6), "peak_rss_bytes": peak_rss_bytes()}
     _print(args, metrics)
     return 0

@@ -117,8 +117,12 @@ class Run:
             raise InputError(f"this run has no {key} table; record it (--record {key})", path=self.path)
         return read_table(self._paths[key], key)
 
-    def write(self, path: str | os.PathLike[str]) -> Path:
+    def write(self, path: str | os.PathLike[str], *, beside: Mapping[str, Path] | None = None) -> Path:
         """Write the run to a new folder: all of it or nothing (written beside, then renamed).
+
+        Args:
+            path: of the folder.
+            beside: files to copy into it, by the names that they get there.
 
         Raises:
             InputError: `path` exists.
@@ -135,6 +139,8 @@ class Run:
             head = {"schema_version": SCHEMA_VERSION, **_as_dict(self.info)}
             head["rows"] = {key: table.num_rows for key, table in tables.items()}
             (scratch / INFO_FILE).write_text(json.dumps(head, indent=1) + "\n", encoding="utf-8")
+            for name, file in (beside or {}).items():
+                shutil.copyfile(file, scratch / name)
             scratch.rename(target)
         except BaseException:
             shutil.rmtree(scratch, ignore_errors=True)

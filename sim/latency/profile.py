@@ -29,6 +29,7 @@ from kvtwin.traces.run import refuse_existing
 T = TypeVar("T")
 
 PROFILE_SCHEMA_VERSION: Final = 1
+PROFILE_FILE: Final = "profile.json"  # beside the tables of a run that was simulated with it
 
 # Every latency model that a profile can hold. A new one is one line here and one in tests/contract.
 LATENCY_MODELS: Final[Mapping[str, Callable[[Mapping[str, Any]], LatencyModel]]] = {
