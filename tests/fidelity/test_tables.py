@@ -36,7 +36,7 @@ GATES: Final[Mapping[tuple[str, str], Mapping[str, float]]] = {
     ("vidur/network/", "send_recv"): {"": 7.5},
     ("aiconfigurator/", "gemm"): {"": 8.5},
     ("aiconfigurator/", "context_attention"): {"num_seqs": 4.2, "chunk": 7.6},
-    ("aiconfigurator/", "generation_attention"): {"num_decode": 5.4, "context": 6.6},
+    ("aiconfigurator/", "generation_attention"): {"num_decode": 5.3, "context": 5.4},
     ("aiconfigurator/", "moe_perf"): {"": 4.8},
 }  # fmt: skip
 
