@@ -90,7 +90,7 @@ def _with_heads(sample: OpSamples, table: OpTable) -> OpSamples:
     return replace(sample, constants={**sample.constants, **found})
 
 
-def _with_timer_step(samples: Sequence[OpSamples]) -> Sequence[OpSamples]:
+def _with_timer_step(samples: list[OpSamples]) -> list[OpSamples]:
     """The timer's step, where the file's reader does not know it and its times show it."""
     if not samples or any(sample.resolution_us for sample in samples):
         return samples
