@@ -15,18 +15,17 @@ SIGNED: Final = ("step_bias", "step_mean_error")
 
 
 def summarize(
-    measured_ns: npt.ArrayLike, predicted_ns: npt.ArrayLike, *, groups: npt.ArrayLike | None = None, seed: int = 0
+    measured_ns: npt.ArrayLike, predicted_ns: npt.ArrayLike, *, groups: npt.ArrayLike | None = None
 ) -> dict[str, Any]:
     """Errors of hold-out predictions, relative to the measurement, as plain numbers for JSON.
 
-    The interval is a 95 % bootstrap of the MAPE. It resamples whole groups where they are given (rows that share a
-    cause: a table row, a run), since errors within a group repeat one another. Without groups it resamples blocks of
-    neighbouring rows, whose length follows from the errors' autocorrelation: pass the rows in the order of time.
+    The interval is the 95 % one of the MAPE. It takes whole groups for the rows where they are given (rows that share
+    a cause: a table row, a run), since errors within a group repeat one another. Without groups neighbouring rows may
+    depend on one another: pass the rows in the order of time.
 
     Args:
         measured_ns, predicted_ns: positive measurements and their predictions, shape (n,); any one unit will do.
         groups: label of each row's group, shape (n,).
-        seed: of the resampling.
 
     Returns:
         n; mape, the mean |predicted / measured - 1|, and its interval [low, high]; bias, the mean signed error;
@@ -48,7 +47,7 @@ def summarize(
         return {"n": 0, **dict.fromkeys(("mape", "interval", "bias", "p50", "p90", "p99"))}
     error = stats.relative_errors(measured, predicted)
     size = np.abs(error)
-    interval = _interval(size, None if groups is None else np.asarray(groups), seed)
+    interval = _interval(size, None if groups is None else np.asarray(groups))
     p50, p90, p99 = np.quantile(size, [0.5, 0.9, 0.99]).tolist()
     return {
         "n": n,
@@ -61,18 +60,14 @@ def summarize(
     }
 
 
-def _interval(size: stats.FloatArray, groups: npt.NDArray[Any] | None, seed: int) -> stats.Interval | None:
+def _interval(size: stats.FloatArray, groups: npt.NDArray[Any] | None) -> stats.Interval | None:
     """Of the mean of `size`."""
     if groups is None:
-        rows, length, statistic = len(size), stats.block_length(size), stats.mean(size)
-    else:
-        _, place = np.unique(groups, return_inverse=True)
-        count = np.bincount(place.ravel()).astype(np.float64)
-        total = np.bincount(place.ravel(), weights=size).astype(np.float64)
-        # The mean of |e| over drawn groups is sum(total + count) / sum(count) - 1.
-        rows, length, statistic = len(count), 1, stats.ratio_of_sums(total + count, count)
-    found = stats.bootstrap(rows, length, {"mape": statistic}, stats.stream(seed, "mape"))
-    return stats.usable(found["mape"], rows, size=True)
+        return stats.interval(stats.mean(size))
+    _, place = np.unique(groups, return_inverse=True)
+    count = np.bincount(place.ravel()).astype(np.float64)
+    total = np.bincount(place.ravel(), weights=size).astype(np.float64)
+    return stats.interval(stats.pooled_mean(total, count), independent=True)
 
 
 def step_statistics(
@@ -89,6 +84,6 @@ def step_statistics(
         "step_mape": stats.mean(size),
         **{f"step_mape_{name}": stats.mean(size, regime == name) for name in REGIMES if name in regime},
         "step_bias": stats.ratio_of_sums(predicted, measured),
-        "step_mean_error": stats.mean(error),
+        "step_mean_error": stats.ratio_of_sums(predicted / measured, np.ones(len(measured))),
         **{f"step_p{q}_ape": stats.quantile(size, q / 100) for q in (50, 90, 99)},
     }

@@ -37,7 +37,12 @@ def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
     parser.add_argument(
         "-o", "--output", type=Path, metavar="PROFILE", help="JSON file to write; must not exist (not with --diff)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap intervals (default: 0)")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="of what is drawn: the learning curve and its plots, the rows that --reference scales by (default: 0)",
+    )
     parser.add_argument("--json", action="store_true", help="print accuracy, host time and provenance as one document")
     parser.add_argument("--diff", action="store_true", help="compare two profiles: what changed, and by how much")
     _add_run_options(parser.add_argument_group("recordings only"))
@@ -148,7 +153,7 @@ def _from_steps(args: argparse.Namespace, runs: list[Run], test: list[Run], tell
     from kvtwin.calibrate.steps import calibrate_steps
 
     _refuse_options(args, ("engine", "workload"), "is for request logs (--from requests)")
-    profile = calibrate_steps(runs, test=test, seed=args.seed, progress=tell)
+    profile = calibrate_steps(runs, test=test, progress=tell)
     if args.plots:
         from kvtwin.calibrate.plots import write_plots
 
@@ -159,7 +164,7 @@ def _from_steps(args: argparse.Namespace, runs: list[Run], test: list[Run], tell
 def _from_requests(args: argparse.Namespace, logs: list[Log], tell: Callable[[str], None]) -> Profile:
     from kvtwin.calibrate.logs import calibrate_logs
 
-    profile = calibrate_logs(logs, seed=args.seed, progress=tell)
+    profile = calibrate_logs(logs, progress=tell)
     if args.plots:
         from kvtwin.calibrate.plots import write_log_plots
 
@@ -206,7 +211,6 @@ def _from_kernels(args: argparse.Namespace) -> Profile:
         max_model_len=args.max_model_len,
         enforce_eager=bool(args.enforce_eager),
         collectives=read_allreduce(args.collectives) if args.collectives else None,
-        seed=args.seed,
     )
 
 

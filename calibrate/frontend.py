@@ -49,7 +49,7 @@ def fit_frontend(runs: Sequence[Run], host: HostTime) -> tuple[HostTime, str]:
     return host, "; ".join(notes) or "none: the recordings do not show it"
 
 
-def frontend_accuracy(runs: Sequence[Run], *, seed: int) -> dict[str, Any]:
+def frontend_accuracy(runs: Sequence[Run]) -> dict[str, Any]:
     """Hold-out errors of both times: each run predicted from the others. Empty for what fewer than two runs show."""
     measured: dict[str, list[FloatArray]] = {}
     predicted: dict[str, list[FloatArray]] = {}
@@ -65,10 +65,7 @@ def frontend_accuracy(runs: Sequence[Run], *, seed: int) -> dict[str, Any]:
             if len(times) and np.any(guess > 0):
                 measured.setdefault(name, []).append(times)
                 predicted.setdefault(name, []).append(guess)
-    return {
-        name: summarize(np.concatenate(times), np.concatenate(predicted[name]), seed=seed)
-        for name, times in measured.items()
-    }
+    return {name: summarize(np.concatenate(times), np.concatenate(predicted[name])) for name, times in measured.items()}
 
 
 def _before(run: Run) -> tuple[FloatArray, FloatArray]:

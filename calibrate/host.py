@@ -94,7 +94,7 @@ def fit_host_time(runs: Sequence[Run]) -> tuple[HostTime, str]:
     return host, f"fitted on {len(pairs.requests)} pairs of steps without a wait between them"
 
 
-def host_accuracy(runs: Sequence[Run], *, seed: int) -> dict[str, Any]:
+def host_accuracy(runs: Sequence[Run]) -> dict[str, Any]:
     """Hold-out errors of the whole time between steps that a synchronous engine shows: each run predicted from the
     others. Empty for asynchronous engines, a single run, or recordings that do not show it.
     """
@@ -110,7 +110,7 @@ def host_accuracy(runs: Sequence[Run], *, seed: int) -> dict[str, Any]:
             predicted.append(_between(host, seen))
     if not measured:
         return {}
-    return {"time between steps": summarize(np.concatenate(measured), np.concatenate(predicted), seed=seed)}
+    return {"time between steps": summarize(np.concatenate(measured), np.concatenate(predicted))}
 
 
 def _between(host: HostTime, pairs: _Pairs) -> IntArray:

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvtwin.calibrate import stats
+from kvtwin.calibrate.blocks import block_length
 from kvtwin.sim.latency.grid import FloatArray
 
 # A parameter whose 95 % interval is wider than the parameter itself, on either side, is not known.
@@ -218,7 +219,7 @@ def _blocks(order: npt.NDArray[np.int64], scores: FloatArray) -> tuple[npt.NDArr
     place = place.ravel()
     size = int(place.max(initial=0)) + 1
     series = [np.bincount(place, weights=column, minlength=size).astype(np.float64) for column in scores.T]
-    wanted = max((stats.block_length(column) for column in series), default=1)
+    wanted = max((block_length(column) for column in series), default=1)
     length = min(max(wanted, -(-size // _MOST_BLOCKS)), max(size // _LEAST_BLOCKS, 1))
     block = place // length
     return block, int(block.max(initial=0)) + 1

@@ -82,7 +82,6 @@ def calibrate_kernels(
     max_model_len: int | None = None,
     enforce_eager: bool = False,
     collectives: pa.Table | None = None,
-    seed: int = 0,
 ) -> Profile:
     """Compose a step-latency profile from a kernel profile.
 
@@ -92,7 +91,6 @@ def calibrate_kernels(
         max_model_len: the engine's setting; None for the model's own.
         enforce_eager: the engine runs without CUDA graphs.
         collectives: all-reduce times (`readers.allreduce.ALLREDUCE`); required for tensor parallelism.
-        seed: of the bootstrap intervals.
 
     Raises:
         InputError: an operator is missing, a grid is too thin, or collectives are missing.
@@ -117,11 +115,10 @@ def calibrate_kernels(
         engine=f"vllm {kernels.meta.get('vllm_version')}",
         tensor_parallel_size=kernels.tensor_parallel_size,
         domain=_domain(attention, kernels),
-        accuracy=kernel_accuracy(kernels, model, seed=seed),
+        accuracy=kernel_accuracy(kernels, model),
         provenance={
             "source": kernels.source,
             "digest": kernels.digest,
-            "seed": seed,
             "launch_gap": f"{LAUNCH_GAP_US} us before each of {latency.num_kernels} kernels: a prior, not fitted",
             "decode_attention": _describe_unsplit(unsplit),
         },
@@ -434,7 +431,7 @@ def _domain(attention: _Table, kernels: KernelProfile) -> dict[str, tuple[float,
     }
 
 
-def kernel_accuracy(kernels: KernelProfile, model: ModelSpec, *, seed: int) -> dict[str, Any]:
+def kernel_accuracy(kernels: KernelProfile, model: ModelSpec) -> dict[str, Any]:
     """Hold-out error of each table: whole inner rows (context lengths, chunks, sizes) left out in turn.
 
     Grids: every second inner value is predicted from a grid without it; never a random cell, which its neighbours of
@@ -458,8 +455,7 @@ def kernel_accuracy(kernels: KernelProfile, model: ModelSpec, *, seed: int) -> d
         "mixed attention, chunk held out": (shape, mixed.time_us, 0),
     }
     found = {
-        name: _held_out(coordinates, times, dimension, seed)
-        for name, (coordinates, times, dimension) in samples.items()
+        name: _held_out(coordinates, times, dimension) for name, (coordinates, times, dimension) in samples.items()
     }
     fitted: dict[str, tuple[Fitted, tuple[str, ...]]] = {
         "prefill attention": (_fitted_prefill(prefill, kernels, model), ("prefix", "chunk"))
@@ -468,22 +464,22 @@ def kernel_accuracy(kernels: KernelProfile, model: ModelSpec, *, seed: int) -> d
     fitted["largest GEMM"] = (fit_samples(product, None), ("num_tokens",))
     for name, (one, axes) in fitted.items():
         for axis in axes:
-            part = report([(one.samples, one.held, one.choice.name)], axis, seed=seed)
+            part = report([(one.samples, one.held, one.choice.name)], axis)
             found[f"{name}, {axis.removeprefix('num_')} held out"] = part or {"n": 0}
-    return found | _uneven_accuracy(kernels, model, attention, seed=seed) | _repeats(kernels, attention)
+    return found | _uneven_accuracy(kernels, model, attention) | _repeats(kernels, attention)
 
 
-def _held_out(coordinates: Sequence[npt.NDArray[Any]], times: FloatArray, dimension: int, seed: int) -> dict[str, Any]:
+def _held_out(coordinates: Sequence[npt.NDArray[Any]], times: FloatArray, dimension: int) -> dict[str, Any]:
     values = np.unique(coordinates[dimension])
     left_out = np.isin(coordinates[dimension], values[1:-1:2])
     if not left_out.any() or left_out.all():
         return {"n": 0}
     grid = _filled([axis[~left_out] for axis in coordinates], times[~left_out])
     predicted = grid(*(axis[left_out] for axis in coordinates))
-    return summarize(times[left_out], predicted, groups=coordinates[dimension][left_out], seed=seed)
+    return summarize(times[left_out], predicted, groups=coordinates[dimension][left_out])
 
 
-def _uneven_accuracy(kernels: KernelProfile, model: ModelSpec, attention: _Table, *, seed: int) -> dict[str, Any]:
+def _uneven_accuracy(kernels: KernelProfile, model: ModelSpec, attention: _Table) -> dict[str, Any]:
     """Decodes of unequal contexts: slopes fitted without whole batch sizes, or whole short contexts, in turn.
 
     What equal contexts cost comes from attention.csv, as in the composed step, so its interpolation errors count too.
@@ -496,15 +492,13 @@ def _uneven_accuracy(kernels: KernelProfile, model: ModelSpec, attention: _Table
     decode = _filled([pure_decode.n_decode, pure_decode.kv_decode], pure_decode.time_us)
     return {
         f"uneven decode attention, {what} held out": _uneven_held_out(
-            pure, pure.columns[name], decode, _split_below(kernels, model), seed
+            pure, pure.columns[name], decode, _split_below(kernels, model)
         )
         for name, what in (("n", "number of decodes"), ("kvs", "context"))
     }
 
 
-def _uneven_held_out(
-    pure: _Table, axis: npt.NDArray[Any], decode: Grid, split_below: int | None, seed: int
-) -> dict[str, Any]:
+def _uneven_held_out(pure: _Table, axis: npt.NDArray[Any], decode: Grid, split_below: int | None) -> dict[str, Any]:
     predicted = np.full(len(pure), np.nan)
     for value in np.unique(axis)[1:-1]:
         left_out = axis == value
@@ -520,7 +514,7 @@ def _uneven_held_out(
         )
         predicted[left_out] = decode(rows.n, mean) + np.maximum(slope, 0.0) * (longest - mean)
     known = ~np.isnan(predicted)
-    return summarize(pure.t_skew_us[known], predicted[known], groups=axis[known], seed=seed)
+    return summarize(pure.t_skew_us[known], predicted[known], groups=axis[known])
 
 
 def _repeats(kernels: KernelProfile, attention: _Table) -> dict[str, Any]:

@@ -313,7 +313,7 @@ def stages(num_logs: int) -> tuple[str, ...]:
     return (*(f"model: {name}" for name in GROWTH), *held_out, "all requests")
 
 
-def calibrate_logs(logs: Sequence[Log], *, seed: int = 0, progress: Progress | None = None) -> Profile:
+def calibrate_logs(logs: Sequence[Log], *, progress: Progress | None = None) -> Profile:
     """A step-latency profile from request logs alone.
 
     **Choice of the model.** The nested models of GROWTH are fitted to the part that is used for fitting, and the
@@ -326,7 +326,6 @@ def calibrate_logs(logs: Sequence[Log], *, seed: int = 0, progress: Progress | N
 
     Args:
         logs: of one engine on one hardware.
-        seed: of the resampling; the prices do not depend on it.
         progress: called with each of `stages(len(logs))` when it begins.
 
     Raises:
@@ -336,9 +335,9 @@ def calibrate_logs(logs: Sequence[Log], *, seed: int = 0, progress: Progress | N
     facts = agreed_facts([log.run for log in logs])
     first = [logs[0].halves()[0]] if len(logs) == 1 else list(logs)
     fits = _grown(first, tell)
-    chosen = _choose(fits, seed)
+    chosen = _choose(fits)
     features, start = fits[chosen].features, dict(zip(fits[chosen].features, fits[chosen].prices_ns, strict=True))
-    accuracy = _held_out(logs, fits[chosen], tell, seed)
+    accuracy = _held_out(logs, fits[chosen], tell)
     tell("all requests")
     host, frontend_note = fit_frontend([log.run for log in logs], HostTime())
     fit = fit_logs(logs, features, start)
@@ -361,7 +360,6 @@ def calibrate_logs(logs: Sequence[Log], *, seed: int = 0, progress: Progress | N
             "doubt": fit.doubt.to_json(),
             "host_time": "none: a log cannot tell it from the fixed cost of a step, which holds it",
             "frontend_time": frontend_note,
-            "seed": seed,
             "kvtwin": version("kvtwin"),
         },
     )
@@ -386,27 +384,25 @@ def _losses(fits: Mapping[str, LogFit]) -> dict[str, FloatArray]:
     return {name: 2 * (np.hypot(1, fit.errors / sd[fit.kind]) - 1) for name, fit in fits.items()}
 
 
-def _choose(fits: Mapping[str, LogFit], seed: int) -> str:
+def _choose(fits: Mapping[str, LogFit]) -> str:
     """The simplest model within one standard error of the best."""
     losses = _losses(fits)
     best = min(losses, key=lambda name: float(losses[name].mean()))
     order = np.argsort(fits[best].order, kind="stable")
     for name, loss in losses.items():
         excess = (loss - losses[best])[order]
-        if name == best or excess.mean() <= stats.standard_error(excess, stats.stream(seed, "features")):
+        if name == best or excess.mean() <= stats.standard_error(excess):
             return name
     raise AssertionError("the best model is one of them")
 
 
-def _held_out(logs: Sequence[Log], chosen: LogFit, tell: Progress, seed: int) -> dict[str, Any]:
+def _held_out(logs: Sequence[Log], chosen: LogFit, tell: Progress) -> dict[str, Any]:
     """Errors of TTFT, TPOT and latency on requests whose times no price has seen."""
     found = _judged(logs, chosen, tell)
-    accuracy = {name: _summary(times[0], times[1], seed) for name, times in _joined(found).items()}
+    accuracy = {name: _summary(times[0], times[1]) for name, times in _joined(found).items()}
     if len(logs) > 1:
         for index, (log, one) in enumerate(zip(logs, found, strict=True)):
-            accuracy |= {
-                f"{name} of {_name(log, index)}": _summary(times[0], times[1], seed) for name, times in one.items()
-            }
+            accuracy |= {f"{name} of {_name(log, index)}": _summary(times[0], times[1]) for name, times in one.items()}
     return accuracy
 
 
@@ -455,14 +451,14 @@ def judge_log(log: Log, latency: LatencyModel) -> dict[str, FloatArray]:
     return {name: times[:, np.isfinite(times).all(axis=0)] for name, times in parts.items()}
 
 
-def _summary(measured: FloatArray, simulated: FloatArray, seed: int) -> dict[str, Any]:
+def _summary(measured: FloatArray, simulated: FloatArray) -> dict[str, Any]:
     """Errors request by request, and of the distributions: mean, p50, p90, p99."""
     ratios = {"mean": float(simulated.mean() / measured.mean() - 1)} if len(measured) else {}
     if len(measured):
         ratios |= {
             name: float(np.quantile(simulated, q) / np.quantile(measured, q) - 1) for name, q in _QUANTILES.items()
         }
-    return {**summarize(measured, simulated, seed=seed), "distribution": ratios}
+    return {**summarize(measured, simulated), "distribution": ratios}
 
 
 def _name(log: Log, index: int) -> str:

@@ -127,9 +127,7 @@ class StepRegression:
         return RegressionLatency({name: price for name, price in prices if price > 0})
 
 
-def calibrate_steps(
-    runs: Sequence[Run], *, test: Sequence[Run] = (), seed: int = 0, progress: Progress | None = None
-) -> Profile:
+def calibrate_steps(runs: Sequence[Run], *, test: Sequence[Run] = (), progress: Progress | None = None) -> Profile:
     """Fit a step-latency profile on the `steps` tables of recorded runs.
 
     **Choice of features.** Each of the nested `FEATURE_SETS` predicts every step from a fit that has not seen it:
@@ -153,7 +151,6 @@ def calibrate_steps(
     Args:
         runs: recordings of one engine on one hardware, each with a `steps` table.
         test: further ones to judge the finished profile on.
-        seed: of the resampling; the coefficients do not depend on it.
         progress: called with each of STAGES when it begins.
 
     Raises:
@@ -167,7 +164,7 @@ def calibrate_steps(
     for stage, name in zip(STAGES, FEATURE_SETS, strict=False):
         tell(stage)
         predictions[name] = held_out(data.batches, data.latency_ns, data.fold, FEATURE_SETS[name], data.day)
-    chosen = _choose(data, predictions, seed)
+    chosen = _choose(data, predictions)
     fitted = StepRegression(FEATURE_SETS[chosen]).fit(data.batches, data.latency_ns, data.day)
     latency = fitted.to_latency()
     tell(STAGES[-1])
@@ -180,11 +177,11 @@ def calibrate_steps(
         **agreed_facts(runs),
         domain={name: _range(getattr(data.batches, name)) for name in COLUMNS},
         accuracy={
-            **_accuracy(data, predictions[chosen], seed),
-            **host_accuracy(runs, seed=seed),
-            **frontend_accuracy(runs, seed=seed),
+            **_accuracy(data, predictions[chosen]),
+            **host_accuracy(runs),
+            **frontend_accuracy(runs),
             **_floors(runs, data.names),
-            **_tested(latency, runs, test, seed),
+            **_tested(latency, runs, test),
         },
         provenance={
             "method": "gamma quasi-likelihood with Huber weights, non-negative coefficients",
@@ -199,7 +196,6 @@ def calibrate_steps(
             "frontend_time": frontend_note,
             **_speeds(data, FEATURE_SETS[chosen]),
             **_doubt(data, fitted, runs),
-            "seed": seed,
             "kvtwin": version("kvtwin"),
         },
     )
@@ -345,13 +341,13 @@ def _checked(run: Run) -> pa.Table:
     return steps
 
 
-def _choose(data: _Samples, predictions: Mapping[str, FloatArray], seed: int) -> str:
+def _choose(data: _Samples, predictions: Mapping[str, FloatArray]) -> str:
     """The simplest feature set within one standard error of the best."""
     losses = {name: data.loss(predicted) for name, predicted in predictions.items()}
     best = min(losses, key=lambda name: float(losses[name].mean()))
     for name, loss in losses.items():
         excess = loss - losses[best]
-        if name == best or excess.mean() <= stats.standard_error(excess, stats.stream(seed, "features")):
+        if name == best or excess.mean() <= stats.standard_error(excess):
             return name
     raise AssertionError("the best set is one of them")
 
@@ -366,14 +362,14 @@ def _scores(data: _Samples, predictions: Mapping[str, FloatArray]) -> dict[str, 
     }
 
 
-def _accuracy(data: _Samples, predicted: FloatArray, seed: int) -> dict[str, Any]:
+def _accuracy(data: _Samples, predicted: FloatArray) -> dict[str, Any]:
     regime = data.batches.regime
     parts = {"steps": np.ones(len(predicted), np.bool_)}
     parts |= {f"{name} steps": regime == name for name in REGIMES if name in regime}
     for name, rows in zip(data.names, data.rows, strict=True):
         parts[f"steps of {name}"] = np.isin(np.arange(len(predicted)), rows)
     return {
-        name: summarize(data.latency_ns[rows], predicted[rows], seed=seed)
+        name: summarize(data.latency_ns[rows], predicted[rows])
         for name, rows in parts.items()
         if len(data.names) > 1 or not name.startswith("steps of ")
     }
@@ -401,13 +397,13 @@ def _workload(run: Run) -> bytes:
     return hashlib.sha256(b"/".join(lengths)).digest()
 
 
-def _tested(latency: RegressionLatency, runs: Sequence[Run], test: Sequence[Run], seed: int) -> dict[str, Any]:
+def _tested(latency: RegressionLatency, runs: Sequence[Run], test: Sequence[Run]) -> dict[str, Any]:
     """Errors on runs that took no part in the fit, with their floors and the ratios of the MAPE to these."""
     found: dict[str, Any] = {}
     for run, name in zip(test, _names(test), strict=True):
         steps = _checked(run)
         batches, measured = BatchStats.of_steps(steps), durations_ns(steps)
-        summary = summarize(measured, latency.step_ns(batches, 0), seed=seed)
+        summary = summarize(measured, latency.step_ns(batches, 0))
         others = [other for other in (*test, *runs) if other is not run and _workload(other) == _workload(run)]
         floors = asdict(run_floor(run, others))
         ratios = {

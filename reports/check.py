@@ -59,7 +59,6 @@ def _add_output(parser: argparse.ArgumentParser, *, required: bool) -> None:
     parser.add_argument(
         "-o", "--output", type=Path, required=required, metavar="OUT", help="folder to write; must not exist"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap intervals (default: 0)")
     parser.add_argument("--json", action="store_true", help="print the checks as one JSON document")
 
 
@@ -71,7 +70,7 @@ def _check(args: argparse.Namespace) -> int:
     if repeated is not None:
         raise InputError(f"two targets are called {repeated!r}: their outputs would be one folder")
     places = names if len(names) > 1 else [""]
-    reports = run_targets(args.targets, places, args.output, seed=args.seed, junit=args.junit, baseline=args.baseline)
+    reports = run_targets(args.targets, places, args.output, junit=args.junit, baseline=args.baseline)
     if os.environ.get("GITHUB_ACTIONS") == "true":
         _tell_github(reports, args.targets)
     return _show(reports, args)
@@ -95,7 +94,7 @@ def _demo(args: argparse.Namespace) -> int:
 
     target = Path(kvtwin.traces.__path__[0]) / "targets" / DEMO_TARGET
     output = args.output or unused(Path("runs") / "demo")
-    reports = run_targets([target], [""], output, seed=args.seed)
+    reports = run_targets([target], [""], output)
     code = _show(reports, args)
     print(f"page: {(output / PAGE_FILE).resolve()}", file=sys.stderr if args.json else sys.stdout)
     return code
@@ -116,7 +115,6 @@ def run_targets(
     places: Sequence[str],
     output: Path,
     *,
-    seed: int = 0,
     junit: Path | None = None,
     baseline: Sequence[Path] = (),
 ) -> list[TargetReport]:
@@ -126,7 +124,6 @@ def run_targets(
         targets: target.toml files or their folders.
         places: folder of each below `output`; "" for `output` itself.
         output: must not exist.
-        seed: of the bootstrap intervals.
         junit: one more JUnit file, for all targets.
         baseline: earlier outputs to compare with.
 
@@ -146,7 +143,7 @@ def run_targets(
     try:
         scratch.chmod(0o755)
         reports = [
-            _run_target(target, path, scratch / place, seed, None if history is None else history.get(target.name, []))
+            _run_target(target, path, scratch / place, None if history is None else history.get(target.name, []))
             for target, path, place in zip(read, targets, places, strict=True)
         ]
         junit_xml.write(reports, scratch / "junit.xml")
@@ -159,9 +156,7 @@ def run_targets(
     return reports
 
 
-def _run_target(
-    target: Target, path: Path, folder: Path, seed: int, history: Sequence[StoredReport] | None
-) -> TargetReport:
+def _run_target(target: Target, path: Path, folder: Path, history: Sequence[StoredReport] | None) -> TargetReport:
     from kvtwin.reports.aggregate import document
     from kvtwin.reports.aggregate.build import aggregate
     from kvtwin.reports.markdown import render_markdown
@@ -172,8 +167,8 @@ def _run_target(
     from kvtwin.validate.check import check_target
 
     progress = _Progress(target.name)
-    report, profile = check_target(target, seed=seed, progress=progress)
-    command = shlex.join(["kvtwin", "check", str(path), "-o", "OUT", "--seed", str(seed)])
+    report, profile = check_target(target, progress=progress)
+    command = shlex.join(["kvtwin", "check", str(path), "-o", "OUT"])
     report = replace(report, provenance={**report.provenance, "command": command}, created=checks_json.now())
     if history:
         report = replace(report, drifts=find_drifts(report.checks, history, target.gates))

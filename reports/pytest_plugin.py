@@ -33,18 +33,16 @@ def kvtwin_target(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
     """A function that checks one target as `kvtwin check` does, once per session, and fails the test if a gate fails.
 
     The function takes the path of a target.toml or its folder, and the keywords `baseline` (output folders of earlier
-    checks), `seed`, and `fail` (False returns the report whatever its verdict). Bad input fails the test in one line.
+    checks), and `fail` (False returns the report whatever its verdict). Bad input fails the test in one line.
     """
     kept: Path | None = request.config.getoption("--kvtwin-output")
     folder = kept or tmp_path_factory.mktemp("kvtwin")
     done: dict[object, tuple[TargetReport, Path]] = {}
 
-    def check(
-        path: str | Path, *, baseline: Sequence[str | Path] = (), seed: int = 0, fail: bool = True
-    ) -> TargetReport:
-        key = (Path(path).resolve(), tuple(baseline), seed)
+    def check(path: str | Path, *, baseline: Sequence[str | Path] = (), fail: bool = True) -> TargetReport:
+        key = (Path(path).resolve(), tuple(baseline))
         if key not in done:
-            done[key] = _check(Path(path), [Path(out) for out in baseline], seed, folder)
+            done[key] = _check(Path(path), [Path(out) for out in baseline], folder)
         report, output = done[key]
         if fail and report.verdict == "fail":
             pytest.fail(_message(report, output), pytrace=False)
@@ -53,7 +51,7 @@ def kvtwin_target(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
     return check
 
 
-def _check(path: Path, baseline: Sequence[Path], seed: int, folder: Path) -> tuple[TargetReport, Path]:
+def _check(path: Path, baseline: Sequence[Path], folder: Path) -> tuple[TargetReport, Path]:
     from kvtwin.reports.check import run_targets, unused
     from kvtwin.traces.errors import KvtwinError
     from kvtwin.validate.check import output_name
@@ -61,7 +59,7 @@ def _check(path: Path, baseline: Sequence[Path], seed: int, folder: Path) -> tup
     output = unused(folder / output_name(path))
     problem = ""
     try:
-        (report,) = run_targets([path], [""], output, seed=seed, baseline=baseline)
+        (report,) = run_targets([path], [""], output, baseline=baseline)
     except KvtwinError as error:
         problem = f"kvtwin: {error}"
     if problem:  # not within `except`: pytest would show the chain of errors too

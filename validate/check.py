@@ -22,6 +22,7 @@ from kvtwin.traces.errors import InputError
 from kvtwin.traces.readers import read_run
 from kvtwin.traces.readers.allreduce import read_allreduce
 from kvtwin.traces.readers.llmservingsim_profile import read_kernel_profile
+from kvtwin.traces.readers.text import provenance
 from kvtwin.traces.run import Run
 from kvtwin.traces.workload import with_prompts
 from kvtwin.validate.attribution.attribute import attribute
@@ -29,7 +30,8 @@ from kvtwin.validate.attribution.hybrids import Twin
 from kvtwin.validate.beginning import beginning
 from kvtwin.validate.e2e import compare_e2e
 from kvtwin.validate.gates import Gates
-from kvtwin.validate.result import Attribution, Check, Comparison, ScheduleFinding, TargetReport
+from kvtwin.validate.peers import compare_prediction
+from kvtwin.validate.result import Attribution, Check, Comparison, Peer, ScheduleFinding, TargetReport
 from kvtwin.validate.scheduler.compare import compare_schedulers
 from kvtwin.validate.scheduler.predicted import replay_settings
 from kvtwin.validate.scheduler.replay import replay_schedule
@@ -50,14 +52,14 @@ class _Notes:
     remarks: list[str] = field(default_factory=list)
     schedules: list[ScheduleFinding] = field(default_factory=list)
     attributions: list[Attribution] = field(default_factory=list)
+    peers: list[Peer] = field(default_factory=list)
 
 
-def check_target(target: Target, *, seed: int = 0, progress: Progress = lambda _: None) -> tuple[TargetReport, Profile]:
+def check_target(target: Target, *, progress: Progress = lambda _: None) -> tuple[TargetReport, Profile]:
     """Calibrate the target's profile, simulate its workloads and judge the result.
 
     Args:
         target: see `target.read_target`.
-        seed: of every bootstrap interval.
         progress: called with what is being done.
 
     Raises:
@@ -67,12 +69,12 @@ def check_target(target: Target, *, seed: int = 0, progress: Progress = lambda _
     groups = [(workload, [read_run(path) for path in workload.runs]) for workload in target.workloads]
     first = _settings(target, groups[0][0], groups[0][1][0])
     progress("calibrating")
-    profile = _profile(target, first, groups[0][1][0], seed)
+    profile = _profile(target, first, groups[0][1][0])
     notes = _Notes()
     checks: list[Check] = []
     comparisons: list[Comparison] = []
     for workload, runs in groups:
-        found = _judge_workload(target, profile, workload, runs, notes, seed, progress)
+        found = _judge_workload(target, profile, workload, runs, notes, progress)
         for comparison, judged in found:
             comparisons.append(comparison)
             checks += judged
@@ -84,15 +86,27 @@ def check_target(target: Target, *, seed: int = 0, progress: Progress = lambda _
         provenance={
             "kvtwin": version("kvtwin"),
             "target": target.path.name,
-            "seed": seed,
             "engine settings": notes.engines,
             "remarks": notes.remarks,
             "recordings": {comparison.name: dict(comparison.measured.info.source) for comparison in comparisons},
+            **({"peers": sources} if (sources := _peer_sources(target)) else {}),
         },
         schedules=tuple(notes.schedules),
         attributions=tuple(notes.attributions),
+        peers=tuple(notes.peers),
     )
     return report, profile
+
+
+def _peer_sources(target: Target) -> dict[str, Any]:
+    """Where other simulators' predictions come from, by workload and simulator."""
+    return {
+        workload.name: {
+            name: provenance(path, "peers", [path] if path.is_file() else []) for name, path in workload.peers.items()
+        }
+        for workload in target.workloads
+        if workload.peers
+    }
 
 
 def _facts(target: Target, profile: Profile, run: Run) -> dict[str, str]:
@@ -126,9 +140,9 @@ def _model(target: Target, *names: str | None) -> ModelSpec:
         raise InputError(error.problem, path=target.path, column="model") from None
 
 
-def _profile(target: Target, settings: Mapping[str, Any], run: Run, seed: int) -> Profile:
+def _profile(target: Target, settings: Mapping[str, Any], run: Run) -> Profile:
     if target.profile is None:
-        return calibrate_steps([read_run(path) for path in target.calibrate], seed=seed)
+        return calibrate_steps([read_run(path) for path in target.calibrate])
     if target.profile.is_file():
         return read_profile(target.profile)
     kernels = read_kernel_profile(target.profile, int(settings.get("tensor_parallel_size", 1)))
@@ -139,7 +153,6 @@ def _profile(target: Target, settings: Mapping[str, Any], run: Run, seed: int) -
             max_model_len=settings.get("max_model_len"),
             enforce_eager=bool(settings.get("enforce_eager", False)),
             collectives=read_allreduce(target.collectives) if target.collectives else None,
-            seed=seed,
         )
     except InputError as error:
         raise InputError(error.problem, path=error.path or target.path, row=error.row, column=error.column) from None
@@ -151,7 +164,6 @@ def _judge_workload(
     workload: Workload,
     runs: Sequence[Run],
     notes: _Notes,
-    seed: int,
     progress: Progress,
 ) -> list[tuple[Comparison, list[Check]]]:
     """Simulate one workload and compare it with each of its recordings."""
@@ -169,28 +181,29 @@ def _judge_workload(
         comparison = Comparison(name, run, twin.run, workload.clock, predictions, names if len(names) > 1 else ())
         progress(f"judging {name}")
         schedule = None
-        judged = compare_e2e(
-            run, twin.run, name=name, clock=workload.clock, repeats=runs, gates=target.gates, seed=seed
-        )
+        judged = compare_e2e(run, twin.run, name=name, clock=workload.clock, repeats=runs, gates=target.gates)
         if predictions is not None:
             metrics = floor.metrics if floor else None
-            steps = compare_steps(predictions, name=name, floor=metrics, gates=target.gates, seed=seed)
-            schedule, decisions = _compare_schedule(run, twin, name, target.gates, seed)
+            steps = compare_steps(predictions, name=name, floor=metrics, gates=target.gates)
+            schedule, decisions = _compare_schedule(run, twin, name, target.gates)
             notes.schedules.append(schedule)
             judged = [*steps, *(check for check in decisions if _is_told(check, schedule)), *judged]
         progress(f"attributing {name}")
         notes.attributions += attribute(run, twin, name=name, clock=workload.clock, checks=judged, schedule=schedule)
+        for peer, path in workload.peers.items():
+            told = compare_prediction(run, path, name=name, clock=workload.clock, repeats=runs)
+            notes.peers.append(Peer(name, peer, tuple(told)))
         result.append((comparison, judged))
     return result
 
 
-def _compare_schedule(run: Run, twin: Twin, name: str, gates: Gates, seed: int) -> tuple[ScheduleFinding, list[Check]]:
+def _compare_schedule(run: Run, twin: Twin, name: str, gates: Gates) -> tuple[ScheduleFinding, list[Check]]:
     """The recorded scheduler beside the simulated one under its clock: of a long run, its beginning."""
     first, _ = beginning(run, _MAX_REPLAYED_STEPS)
     prompts = twin.workload.requests.column("block_hashes").slice(0, first.requests.num_rows)
     requests = first.requests.set_column(first.requests.schema.get_field_index("block_hashes"), "block_hashes", prompts)
     asked = Run(twin.workload.info, {"requests": requests, "steps": first.steps}, name=name)
-    finding, checks = compare_schedulers(first, replay_schedule(asked, twin.config), name=name, gates=gates, seed=seed)
+    finding, checks = compare_schedulers(first, replay_schedule(asked, twin.config), name=name, gates=gates)
     if first is run:
         return finding, checks
     note = f"the first {first.steps.num_rows} of {run.steps.num_rows} steps"

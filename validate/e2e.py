@@ -21,6 +21,7 @@ from kvtwin.traces.run import Run
 from kvtwin.traces.time import NS_PER_MS, NS_PER_S
 from kvtwin.validate.gates import NO_GATES, STATISTICS, TIMES, Gates, judge
 from kvtwin.validate.result import Check
+from kvtwin.validate.throughput import lag_interval
 from kvtwin.validate.units import unit_note
 
 Clock = Literal["queued_ns", "arrival_ns"]
@@ -50,11 +51,9 @@ def request_metrics(run: Run, clock: Clock) -> dict[str, FloatArray]:
     start = table.column(clock)
     if table.num_rows and start.null_count == table.num_rows:
         problem = "is unknown in this run; compare by the other clock (arrival_ns or queued_ns)"
-        raise InputError(problem, path=run.path, column=clock)
+        raise InputError(problem, path=run.path or run.info.source.get("path"), column=clock)
     gaps = table.column("output_tokens").to_numpy() - 1
-    first, finish = "first_token_ns", "finish_ns"
-    if clock == "arrival_ns" and table.column("client_finish_ns").null_count < table.num_rows:
-        first, finish = "client_first_token_ns", "client_finish_ns"
+    first, finish = _ends(run, clock)
     decode = _elapsed_ms(run, first, finish)
     tpot: FloatArray = np.full(len(gaps), np.nan)
     np.divide(decode, gaps, out=tpot, where=gaps > 0)
@@ -63,6 +62,14 @@ def request_metrics(run: Run, clock: Clock) -> dict[str, FloatArray]:
         "tpot_ms": tpot,
         "latency_ms": _elapsed_ms(run, clock, finish),
     }
+
+
+def _ends(run: Run, clock: Clock) -> tuple[str, str]:
+    """The columns of first and last token in a clock's view."""
+    seen = run.requests.column("client_finish_ns")
+    if clock == "arrival_ns" and seen.null_count < len(seen):
+        return "client_first_token_ns", "client_finish_ns"
+    return "first_token_ns", "finish_ns"
 
 
 def throughput(run: Run, clock: Clock) -> float:
@@ -83,7 +90,6 @@ def compare_e2e(
     clock: Clock,
     repeats: Sequence[Run] = (),
     gates: Gates = NO_GATES,
-    seed: int = 0,
 ) -> list[Check]:
     """Judge the simulation of one recorded run, request by request and as distributions.
 
@@ -93,7 +99,6 @@ def compare_e2e(
         clock: see `request_metrics`.
         repeats: all recordings of this workload, `measured` among them; fewer than two give no noise floor.
         gates: see `gates.parse_gates`.
-        seed: of the bootstrap.
 
     Returns:
         Judged checks: mean, p50, p90, p99 and per-request MAPE of TTFT, TPOT and latency, and throughput. Requests
@@ -106,15 +111,9 @@ def compare_e2e(
     order = _rows_of(measured, simulated, "the simulated run")
     _refuse_other_work(measured, simulated, order)
     again = [_Side.of(run, clock).take(_rows_of(measured, run, "a repeated recording")) for run in repeats]
-    pair = _Pair(_Side.of(measured, clock), _Side.of(simulated, clock).take(order), again, name, seed)
+    pair = _Pair(_Side.of(measured, clock), _Side.of(simulated, clock).take(order), again, name)
     checks = [check for time in TIMES for check in _time_checks(pair, time)]
     return [judge(check, gates) for check in (*checks, _throughput_check(pair))]
-
-
-def describe_blocks(length: int, n: int) -> str:
-    """How an interval came about, and whether the run is too short to show how far its requests hang together."""
-    short = "; fewer than ten of them: the interval may be too narrow" if n < 10 * length else ""
-    return f"interval from blocks of {length} requests{short}"
 
 
 @dataclass(frozen=True)
@@ -131,7 +130,9 @@ class _Side:
         metrics = request_metrics(run, clock)
         # From the first start on: floats hold such spans exactly, epoch nanoseconds they do not.
         origin = pc.min(run.requests.column(clock))
-        start, finish = (_floats(pc.subtract(run.requests.column(key), origin)) for key in (clock, "finish_ns"))
+        start, finish = (
+            _floats(pc.subtract(run.requests.column(key), origin)) for key in (clock, _ends(run, clock)[1])
+        )
         times = {time: metrics[f"{time}_ms"] for time in TIMES}
         return cls(times, start, finish, run.requests.column("output_tokens").to_numpy())
 
@@ -150,10 +151,6 @@ class _Side:
         span_s = float(self.finish_ns[rows].max() - self.start_ns[rows].min()) / NS_PER_S
         return float(self.tokens[rows].sum()) / span_s if span_s > 0 else NAN
 
-    def gaps(self, rows: npt.NDArray[np.int64]) -> FloatArray:
-        """Nanoseconds from one of these completions to the next, the first one from the first start."""
-        return np.diff(self.finish_ns[rows], prepend=self.start_ns[rows].min())
-
 
 @dataclass(frozen=True)
 class _Pair:
@@ -163,17 +160,8 @@ class _Pair:
     simulated: _Side
     repeats: Sequence[_Side]
     name: str
-    seed: int
 
-    def intervals(
-        self, key: str, influences: Sequence[FloatArray], statistics: Mapping[str, Statistic]
-    ) -> tuple[dict[str, Interval], str]:
-        """Intervals, and how they came about; `influences`: each row's pull on an error, rows in order."""
-        length, n = max(stats.block_length(influence) for influence in influences), len(influences[0])
-        rng = stats.stream(self.seed, f"{self.name}/{key}")
-        return stats.bootstrap(n, length, statistics, rng), describe_blocks(length, n)
-
-    def check(self, metric: str, unit: str, found: _Finding, n: int, note: str) -> Check:
+    def check(self, metric: str, unit: str, found: _Finding, n: int, notes: Sequence[str]) -> Check:
         """The Check of one metric, not yet judged."""
         return Check(
             run=self.name,
@@ -186,7 +174,7 @@ class _Pair:
             interval=found.interval,
             n=n,
             noise_floor=found.floor,
-            note=note,
+            note="; ".join([*([found.how] if found.how else []), *notes]),
         )
 
 
@@ -199,6 +187,13 @@ class _Finding:
     error: float = NAN
     interval: Interval | None = None
     floor: float | None = None
+    how: str = ""
+
+    @classmethod
+    def of(cls, error: Statistic, floor: float | None, values: tuple[float, float] = (NAN, NAN)) -> _Finding:
+        """An error, of two values or by itself, with its interval and what that rests on."""
+        how = stats.describe(error, "requests")
+        return cls(*values, error.value, stats.interval(error), floor, how)
 
 
 def _time_checks(pair: _Pair, time: str) -> list[Check]:
@@ -212,19 +207,20 @@ def _time_checks(pair: _Pair, time: str) -> list[Check]:
     findings = {name: _Finding(_summary(measured[known], name) if n else NAN) for name in STATISTICS}
     findings["mape"] = _Finding()
     if n and np.isfinite(simulated[known]).all():
-        findings, how = _time_findings(pair, time, known)
+        findings = _time_findings(pair, time, known)
         warning = unit_note(measured[known], simulated[known])
-        notes = [*([warning] if warning else []), how, *notes]
+        notes = [*([warning] if warning else []), *notes]
+    paired = ["paired: each request with itself"]
     return [
-        pair.check(f"{time}_{name}", "ms", found, n, "; ".join(notes))
+        pair.check(f"{time}_{name}", "ms", found, n, notes)
         if name != "mape"
-        else pair.check(f"{time}_{name}", "%", found, n, "; ".join(["paired: each request with itself", *notes]))
+        else pair.check(f"{time}_{name}", "%", found, n, [*paired, *notes])
         for name, found in findings.items()
     ]
 
 
-def _time_findings(pair: _Pair, time: str, known: Rows) -> tuple[dict[str, _Finding], str]:
-    """mean, p50, p90, p99 and per-request MAPE of the `known` requests, and how the intervals were made."""
+def _time_findings(pair: _Pair, time: str, known: Rows) -> dict[str, _Finding]:
+    """mean, p50, p90, p99 and per-request MAPE of the `known` requests."""
     measured, simulated = pair.measured.times[time][known], pair.simulated.times[time][known]
     errors, positive = stats.relative_errors(measured, simulated), measured > 0
     sizes = np.abs(np.where(positive, errors, 0.0))
@@ -233,7 +229,6 @@ def _time_findings(pair: _Pair, time: str, known: Rows) -> tuple[dict[str, _Find
         **{name: stats.quantile_ratio(measured, simulated, q) for name, q in QUANTILES.items()},
         "mape": stats.mean(sizes, positive),
     }
-    intervals, how = pair.intervals(time, (_share(simulated) - _share(measured), sizes), statistics)
     repeats = [side.times[time] for side in pair.repeats]
     complete = np.isfinite(repeats).all(axis=0)
     repeats = [values[complete] for values in repeats]
@@ -241,45 +236,30 @@ def _time_findings(pair: _Pair, time: str, known: Rows) -> tuple[dict[str, _Find
     for name in STATISTICS:
         values = (_summary(measured, name), _summary(simulated, name))
         floor = noise.rms_floor([_summary(values, name) for values in repeats if values.size])
-        interval = stats.usable(intervals[name], len(measured))
-        findings[name] = _Finding(*values, stats.relative_error(*values), interval, floor)
-    error = statistics["mape"].value
-    interval = stats.usable(intervals["mape"], len(measured), size=True)
-    findings["mape"] = _Finding(NAN, NAN, error, interval, noise.paired_floor(repeats))
-    return findings, how
+        findings[name] = _Finding.of(statistics[name], floor, values)
+    findings["mape"] = _Finding.of(statistics["mape"], noise.paired_floor(repeats))
+    return findings
 
 
 def _throughput_check(pair: _Pair) -> Check:
-    """Output tokens per second.
-
-    Both runs generate the same tokens, so the error is that of the span. Its interval resamples completions, each
-    request's with its own in the other run: what one run lags behind at one of them it mostly still lags at the next.
-    Where both runs keep up with their arrivals, only the last requests decide the span, and this interval is several
-    times too wide (it covers 100 %).
-    """
+    """Output tokens per second; both runs generate the same tokens, so the error is that of the span."""
     known, simulated = pair.measured.served(), pair.simulated.served()
     n, notes = int(known.sum()), _gaps_in(known, np.ones(len(known), np.bool_), simulated)
     found = _Finding()
     if n and simulated[known].all():
         rows = np.flatnonzero(known)
-        rows = rows[np.argsort(pair.measured.finish_ns[rows], kind="stable")]
-        one, two = pair.measured.gaps(rows), pair.simulated.gaps(rows)
-        intervals, how = pair.intervals("throughput", (two - one,), {"rate": stats.ratio_of_sums(one, two)})
+        rows = rows[np.argsort(pair.measured.start_ns[rows], kind="stable")]
+        interval = lag_interval(
+            pair.measured.start_ns[rows], pair.measured.finish_ns[rows], pair.simulated.finish_ns[rows]
+        )
         values = (pair.measured.throughput(known), pair.simulated.throughput(known))
         floor = noise.rms_floor([side.throughput(side.served()) for side in pair.repeats])
-        found = _Finding(*values, stats.relative_error(*values), stats.usable(intervals["rate"], n), floor)
-        notes = [how, *notes]
-    return pair.check("throughput", "tokens/s", found, n, "; ".join(notes))
+        found = _Finding(*values, stats.relative_error(*values), interval, floor)
+    return pair.check("throughput", "tokens/s", found, n, notes)
 
 
 def _summary(values: FloatArray, statistic: str) -> float:
     return float(values.mean() if statistic == "mean" else np.quantile(values, QUANTILES[statistic]))
-
-
-def _share(values: FloatArray) -> FloatArray:
-    """Each value relative to the mean of all; zeros where that mean is zero."""
-    mean = float(values.mean())
-    return values / mean if mean else np.zeros(len(values))
 
 
 def _gaps_in(known: Rows, possible: Rows, simulated: Rows) -> list[str]:
@@ -289,6 +269,16 @@ def _gaps_in(known: Rows, possible: Rows, simulated: Rows) -> list[str]:
     if lost:
         notes.append(f"error: {lost} of {int(known.sum())} recorded times are missing in the simulation")
     return notes
+
+
+def in_order_of(measured: Run, other: Run) -> Run:
+    """The requests of another run in the order of the measured one's.
+
+    Raises:
+        InputError: a request is in one of the two only.
+    """
+    rows = _rows_of(measured, other, "the other run")
+    return Run(other.info, {"requests": other.requests.take(rows)}, name=_place(other))
 
 
 def _rows_of(measured: Run, other: Run, what: str) -> npt.NDArray[np.int64]:
@@ -319,7 +309,8 @@ def _place(run: Run) -> str:
 
 def _refuse_other_work(measured: Run, simulated: Run, order: npt.NDArray[np.int64]) -> None:
     """Refuse runs in which a request that finished has other lengths: their times measure different things."""
-    finished = measured.requests.column("finish_ns").is_valid().to_numpy()
+    ends = [measured.requests.column(name).is_valid().to_numpy() for name in ("finish_ns", "client_finish_ns")]
+    finished = np.logical_or(*ends)
     for column in ("input_tokens", "output_tokens"):
         one, two = measured.requests.column(column).to_numpy(), simulated.requests.column(column).to_numpy()[order]
         differs = np.flatnonzero(finished & (one != two))

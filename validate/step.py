@@ -11,10 +11,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from kvtwin.calibrate import stats
-from kvtwin.calibrate.accuracy import SIGNED, step_statistics
+from kvtwin.calibrate.accuracy import step_statistics
 from kvtwin.calibrate.noise import MIN_MATCHED, alike_steps
 from kvtwin.calibrate.stats import FloatArray
-from kvtwin.sim.latency.stats import REGIMES, BatchStats, durations_ns
+from kvtwin.sim.latency.stats import BatchStats, durations_ns
 from kvtwin.traces.errors import InputError
 from kvtwin.traces.run import Run
 from kvtwin.traces.time import to_ms
@@ -78,7 +78,6 @@ def compare_steps(
     name: str,
     floor: Mapping[str, float] | None = None,
     gates: Gates = NO_GATES,
-    seed: int = 0,
 ) -> list[Check]:
     """Judge the predicted step times of one recorded run.
 
@@ -87,7 +86,6 @@ def compare_steps(
         name: the recorded run's name.
         floor: noise floor by metric (`noise.step_floor(...).metrics`); None without repeats.
         gates: see `gates.parse_gates`.
-        seed: of the bootstrap.
 
     Returns:
         Judged checks; none if no step has a positive duration. A regime that does not occur has no check.
@@ -100,26 +98,23 @@ def compare_steps(
     measured, predicted = (table.column(key).to_numpy().astype(np.float64) for key in ("measured_ns", "predicted_ns"))
     regime = np.array(table.column("regime").to_pylist())
     statistics = step_statistics(measured, predicted, regime)
-    errors = stats.relative_errors(measured, predicted)
-    length = max(stats.block_length(errors), stats.block_length(np.abs(errors)))
-    intervals = stats.bootstrap(n, length, statistics, stats.stream(seed, f"{name}/step"))
-    notes = "; ".join([*_warnings(measured, predicted), _notes(table, length, dropped=predictions.num_rows - n)])
+    notes = [*_warnings(measured, predicted), *_notes(table, dropped=predictions.num_rows - n)]
     checks = []
     for metric, statistic in statistics.items():
-        error, count = statistic.value, _count(metric, regime)
+        error, count = statistic.value, statistic.num_rows
         check = Check(
             name,
             "step",
             metric,
             *_values(metric, measured, predicted, error),
             error,
-            stats.usable(intervals[metric], count, size=metric not in SIGNED),
+            stats.interval(statistic),
             count,
             None if floor is None else floor.get(metric),
-            note=notes,
+            note="; ".join([stats.describe(statistic, "steps"), *notes]),
         )
         rare = count < min(MIN_MATCHED, n)  # a regime that hardly occurs is an anecdote
-        checks.append(replace(check, note=f"{notes}; {_TOO_FEW}") if rare else judge(check, gates))
+        checks.append(replace(check, note=f"{check.note}; {_TOO_FEW}") if rare else judge(check, gates))
     return checks
 
 
@@ -137,18 +132,12 @@ def _values(metric: str, measured: FloatArray, predicted: FloatArray, error: flo
     return "%", NAN, NAN
 
 
-def _count(metric: str, regime: npt.NDArray[np.str_]) -> int:
-    """Steps that a metric rests on."""
-    name = metric.removeprefix("step_mape_")
-    return int(np.count_nonzero(regime == name)) if name in REGIMES else len(regime)
-
-
-def _notes(table: pa.Table, length: int, dropped: int) -> str:
-    parts = [f"interval from blocks of {length} steps"]
+def _notes(table: pa.Table, dropped: int) -> list[str]:
+    parts = []
     known = table.column("extrapolated").drop_null()
     if len(known):
         outside = np.count_nonzero(known.to_numpy(zero_copy_only=False)) / table.num_rows
         parts.append(f"{outside:.1%} of the steps lie outside the profile's domain")
     if dropped:
         parts.append(f"{dropped} steps that took no time left out")
-    return "; ".join(parts)
+    return parts

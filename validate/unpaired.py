@@ -15,14 +15,12 @@ from kvtwin.calibrate import stats
 from kvtwin.calibrate.stats import FloatArray, Statistic
 from kvtwin.traces.errors import InputError
 from kvtwin.traces.run import Run
-from kvtwin.validate.e2e import QUANTILES, Clock, describe_blocks, request_metrics
+from kvtwin.validate.e2e import QUANTILES, Clock, request_metrics
 from kvtwin.validate.gates import NO_GATES, TIMES, Gates, judge
 from kvtwin.validate.result import Check
 
 
-def compare_unpaired(
-    measured: Run, other: Run, *, name: str, clock: Clock, gates: Gates = NO_GATES, seed: int = 0
-) -> list[Check]:
+def compare_unpaired(measured: Run, other: Run, *, name: str, clock: Clock, gates: Gates = NO_GATES) -> list[Check]:
     """Mean, p50, p90, p99 of TTFT, TPOT and latency of two runs with requests of their own.
 
     Args:
@@ -30,7 +28,6 @@ def compare_unpaired(
         name: the measured run's name.
         clock: see `e2e.request_metrics`.
         gates: see `gates.parse_gates`.
-        seed: of the bootstrap.
 
     Returns:
         Judged checks. Requests without a time are left out, and counted in the note.
@@ -45,7 +42,7 @@ def compare_unpaired(
     for time in TIMES:
         one, two = (_Sample.of(side[f"{time}_ms"]) for side in sides)
         if len(one.values) and len(two.values):
-            checks += _time_checks(time, one, two, name, stats.stream(seed, f"{name}/unpaired/{time}"))
+            checks += _time_checks(time, one, two, name)
     return [_judge(check, gates) for check in checks]
 
 
@@ -55,27 +52,22 @@ class _Sample:
 
     values: FloatArray
     unknown: int
-    length: int  # rows per block
 
     @classmethod
     def of(cls, values: FloatArray) -> _Sample:
         known = values[np.isfinite(values)]
-        return cls(known, len(values) - len(known), stats.block_length(known) if len(known) else 1)
+        return cls(known, len(values) - len(known))
 
     def statistics(self) -> dict[str, Statistic]:
         quantiles = {name: stats.quantile(self.values, q) for name, q in QUANTILES.items()}
         return {"mean": stats.mean(self.values), **quantiles}
 
 
-def _time_checks(time: str, one: _Sample, two: _Sample, name: str, rng: np.random.Generator) -> list[Check]:
+def _time_checks(time: str, one: _Sample, two: _Sample, name: str) -> list[Check]:
     measured, other = one.statistics(), two.statistics()
-    sizes = (len(one.values), len(two.values))
-    intervals = stats.bootstrap_ratios(measured, other, sizes, (one.length, two.length), rng)
-    n = min(sizes)
-    longest = max(one, two, key=lambda sample: sample.length / len(sample.values))
-    note = f"unpaired; {describe_blocks(longest.length, len(longest.values))}"
+    notes = ["unpaired"]
     if one.unknown or two.unknown:
-        note += f"; {one.unknown} and {two.unknown} requests without this time left out"
+        notes.append(f"{one.unknown} and {two.unknown} requests without this time left out")
     return [
         Check(
             run=name,
@@ -85,9 +77,9 @@ def _time_checks(time: str, one: _Sample, two: _Sample, name: str, rng: np.rando
             measured=measured[key].value,
             simulated=other[key].value,
             error=stats.relative_error(measured[key].value, other[key].value),
-            interval=stats.usable(intervals[key], n),
-            n=n,
-            note=note,
+            interval=stats.ratio_interval(measured[key], other[key]),
+            n=min(len(one.values), len(two.values)),
+            note="; ".join([*notes, *(stats.describe(side[key], "requests") for side in (measured, other))]),
         )
         for key in measured
     ]

@@ -36,7 +36,6 @@ def calibrate_tables(
     tables: Sequence[OpTable],
     *,
     hardware: str | None = None,
-    seed: int = 0,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Profile:
     """Fit every operator of every table under every key, judged on whole values left out of each load axis.
@@ -44,7 +43,6 @@ def calibrate_tables(
     Args:
         tables: of one engine version on one hardware.
         hardware: GPU, where the files do not say; it narrows down how many thread blocks run at once.
-        seed: of the bootstrap intervals.
         progress: told what is fitted next.
 
     Raises:
@@ -64,7 +62,7 @@ def calibrate_tables(
             if sample.suspect.any():
                 rows = sample.rows[sample.suspect].tolist()
                 suspect[f"{table.path.name}: {sample.name}"] = {"count": len(rows), "rows": rows[:_MOST_NAMED]}
-    accuracy = accuracy_of(fitted, seed=seed)
+    accuracy = accuracy_of(fitted)
     return Profile(
         kind="operators",
         latency=OperatorTable([found.model for found in fitted]).to_json(),
@@ -75,7 +73,6 @@ def calibrate_tables(
         accuracy=accuracy,
         provenance={
             "sources": [dict(table.source) for table in tables],
-            "seed": seed,
             "models": [_described(found) for found in fitted],
             "suspect_rows": suspect,
             "too_few_rows": small,
@@ -100,7 +97,7 @@ def slots_of(samples: OpSamples, hardware: str | None) -> list[float] | None:
     return [gpu.num_sms * blocks for blocks in _BLOCKS_PER_SM] if gpu is not None and known else None
 
 
-def accuracy_of(fitted: Sequence[Fitted], *, seed: int) -> dict[str, Any]:
+def accuracy_of(fitted: Sequence[Fitted]) -> dict[str, Any]:
     """Held-out errors by operator and axis, over all keys of the operator; and over all operators where there are more."""
     ops = list(dict.fromkeys(one.samples.op for one in fitted))
     groups = {op: [one for one in fitted if one.samples.op == op] for op in ops}
@@ -110,7 +107,7 @@ def accuracy_of(fitted: Sequence[Fitted], *, seed: int) -> dict[str, Any]:
     for name, here in groups.items():
         for axis in dict.fromkeys(axis for one in here for axis in one.samples.load):
             parts = [(one.samples, one.held, one.choice.name) for one in here if axis in one.samples.load]
-            summary = report(parts, axis, seed=seed)
+            summary = report(parts, axis)
             if summary is not None:
                 found[f"{name}, {axis} held out"] = summary
     return found

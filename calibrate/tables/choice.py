@@ -95,7 +95,7 @@ def _between_repeats(samples: OpSamples) -> FloatArray:
     return np.where(count[index] > 1, spread[index], np.nan)
 
 
-def report(parts: Sequence[tuple[OpSamples, HeldOut, str]], axis: str, *, seed: int) -> dict[str, Any] | None:
+def report(parts: Sequence[tuple[OpSamples, HeldOut, str]], axis: str) -> dict[str, Any] | None:
     """Held-out errors of one operator along one axis, over all of its keys: None where nothing was held out.
 
     Returns:
@@ -123,7 +123,6 @@ def report(parts: Sequence[tuple[OpSamples, HeldOut, str]], axis: str, *, seed: 
             np.concatenate(measured[inside]),
             np.concatenate([*predicted[inside], np.zeros(0)]),
             groups=np.concatenate([*groups[inside], np.zeros(0)]),
-            seed=seed,
         )
         for inside in (True, False)
     }

@@ -72,9 +72,9 @@ def from_tables(args: argparse.Namespace) -> Profile:
     else:
         total = sum(len(table.samples) for table in tables)
         with stage_bar(total, "operator") as tell:
-            profile = calibrate_tables(tables, hardware=args.hardware, seed=args.seed, progress=tell)
+            profile = calibrate_tables(tables, hardware=args.hardware, progress=tell)
     for test in tests:
-        profile = judge_table(profile, test, seed=args.seed)
+        profile = judge_table(profile, test)
     return profile
 
 

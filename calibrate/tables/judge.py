@@ -15,7 +15,7 @@ from kvtwin.traces.errors import InputError
 from kvtwin.traces.readers.optable import OpTable
 
 
-def judge_table(profile: Profile, table: OpTable, *, seed: int = 0) -> Profile:
+def judge_table(profile: Profile, table: OpTable) -> Profile:
     """The profile with one more accuracy entry per operator: its errors on `table`, inside its domain and outside.
 
     Raises:
@@ -38,14 +38,14 @@ def judge_table(profile: Profile, table: OpTable, *, seed: int = 0) -> Profile:
     accuracy = dict(profile.accuracy)
     for op, found in parts.items():
         measured, predicted, inside = (np.concatenate(values) for values in zip(*found, strict=True))
-        accuracy[f"{op}, on {table.path.name}"] = _summary(measured, predicted, inside > 0, seed)
+        accuracy[f"{op}, on {table.path.name}"] = _summary(measured, predicted, inside > 0)
     tests = [*profile.provenance.get("tests", ()), dict(table.source)]
     return replace(profile, accuracy=accuracy, provenance={**profile.provenance, "tests": tests})
 
 
-def _summary(measured: FloatArray, predicted: FloatArray, inside: np.ndarray[Any, Any], seed: int) -> dict[str, Any]:
+def _summary(measured: FloatArray, predicted: FloatArray, inside: np.ndarray[Any, Any]) -> dict[str, Any]:
     def part(here: np.ndarray[Any, Any]) -> dict[str, Any]:
         groups = np.arange(np.count_nonzero(here))
-        return summarize(measured[here], predicted[here], groups=groups, seed=seed)
+        return summarize(measured[here], predicted[here], groups=groups)
 
     return {**part(inside), "outside": part(~inside)}

@@ -74,7 +74,7 @@ def scale_profile(table: OpTable, reference: Profile, *, num_samples: int, seed:
     predicted = _predict(rows, models)
     accuracy = {
         f"{name}, not sampled": summarize(
-            rows.measured_us[here], predicted[here], groups=np.arange(np.count_nonzero(here)), seed=seed
+            rows.measured_us[here], predicted[here], groups=np.arange(np.count_nonzero(here))
         )
         for name, here in _parts(rows, judged)
     }

@@ -57,8 +57,8 @@ def test_clocks_aligned_by_the_smallest_wait_say_nothing() -> None:
 def test_held_out_errors_need_two_recordings() -> None:
     host = HostTime(frontend_ns=2_000_000, output_ns=1_000_000)
     runs = [recorded(host, seed) for seed in (0, 1)]
-    assert frontend_accuracy(runs[:1], seed=0) == {}
-    found = frontend_accuracy(runs, seed=0)
+    assert frontend_accuracy(runs[:1]) == {}
+    found = frontend_accuracy(runs)
     assert found["time before the queue"]["mape"] < 1e-6
     assert found["time to the client"]["n"] == 800
 

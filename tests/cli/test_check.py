@@ -94,6 +94,23 @@ def test_a_planted_fault_fails_its_gates(target: Path) -> None:
     assert int(ET.parse(junit).getroot().get("failures", "0")) == len(failed)
 
 
+def test_peers_stand_beside_ours_and_fail_no_gate(target: Path) -> None:
+    aggregates = {"completed": 40, "mean_ttft_ms": 1000.0, "mean_e2el_ms": 2000.0}
+    (target / "peer.json").write_text(json.dumps(aggregates))
+    peers = 'peers = { "<i>twice</i>" = "recorded", Aggregates = "peer.json" }\n[gates]'
+    (target / "target.toml").write_text(TARGET.replace("[gates]", peers))
+    assert check(target) == 0
+    document = json.loads((target.parent / "out" / "checks.json").read_text())
+    same, known = document["peers"]
+    assert (same["run"], same["name"], known["name"]) == ("recorded", "<i>twice</i>", "Aggregates")
+    assert {row["error"] for row in same["checks"]} == {0.0}
+    assert [row["metric"] for row in known["checks"]] == ["ttft_mean", "latency_mean"]
+    (sources,) = document["provenance"]["peers"].values()
+    assert set(sources["Aggregates"]["sha256"]) == {"peer.json"}
+    page = (target.parent / "out" / "report.html").read_text()
+    assert "&lt;i&gt;twice" in page and "<i>twice" not in page
+
+
 def test_several_targets_get_a_folder_each(target: Path) -> None:
     other = target.parent / "other"
     target.rename(other)
@@ -121,6 +138,8 @@ def test_several_targets_get_a_folder_each(target: Path) -> None:
         ("[gates]", 'clock = "wall"\n[gates]', "'queued'"),
         ("[gates]", "[engine]\nmax_seqs = 3\n[gates]", "unknown setting 'max_seqs'"),
         ("[gates]", "[gates", "not readable as TOML"),
+        ("[gates]", "peers = 'x.csv'\n[gates]", "a table of names and paths expected"),
+        ("[gates]", "peers = { Vidur = 'x.csv' }\n[gates]", "no such file or folder"),
     ],
 )
 def test_a_bad_target_is_one_line_and_nothing_is_written(

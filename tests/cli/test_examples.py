@@ -77,7 +77,9 @@ def test_found_and_computed_tokens_are_the_prompts(found: dict[str, list[float]]
 
 
 def test_the_readme_shows_what_comes_out(found: dict[str, list[float]]) -> None:
-    text = (EXAMPLES / "README.md").read_text(encoding="utf-8").split("## What comes out")[1].split("How to read it:")[0]
+    text = (
+        (EXAMPLES / "README.md").read_text(encoding="utf-8").split("## What comes out")[1].split("How to read it:")[0]
+    )
     shown = {
         line.split("|")[1].strip(): [float(re.sub(r"\(.*", "", cell).split()[0]) for cell in line.split("|")[2:-1]]
         for line in text.splitlines()

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pytest
 
 from kvtwin.traces.errors import InputError
-from kvtwin.traces.run import Run
-from kvtwin.validate.e2e import compare_e2e, request_metrics
+from kvtwin.traces.run import Run, RunInfo
+from kvtwin.validate.e2e import compare_e2e, request_metrics, throughput
 from kvtwin.validate.gates import METRICS, parse_gates
 from kvtwin.validate.result import Check
 
@@ -66,7 +66,7 @@ def test_checks_by_hand(make_run: MakeRun) -> None:
     assert checks["ttft_p50"].error == pytest.approx(24 / 25 - 1)
     assert checks["ttft_p90"].error == pytest.approx(np.quantile([11, 18, 30, 44], 0.9) / np.quantile(TTFT, 0.9) - 1)
     assert checks["ttft_mape"].error == pytest.approx((0.1 + 0.1 + 0 + 0.1) / 4)
-    assert checks["ttft_mape"].note.startswith("paired: each request with itself")
+    assert checks["ttft_mape"].note.endswith("paired: each request with itself")
     assert checks["tpot_mean"].error == pytest.approx(0.0)
     # 44 tokens from 0 to 270 ms and to 274 ms.
     assert checks["throughput"].measured == pytest.approx(44 / 0.27)
@@ -91,8 +91,9 @@ def test_the_interval_of_independent_requests_is_the_textbook_one(make_run: Make
     simulated = ttft * rng.uniform(0.9, 1.1, 2000)
     check = compare(make_run(ttft, ttft + 1000), make_run(simulated, simulated + 1000))["ttft_mean"]
     ratio = simulated.mean() / ttft.mean()
-    half = 1.96 * (simulated - ratio * ttft).std() / np.sqrt(2000) / ttft.mean()  # delta method
-    assert check.interval == pytest.approx((check.error - half, check.error + half), abs=0.25 * half)
+    # The delta method; 2.1 for 19 degrees of freedom, whose variance has a standard error of a third.
+    half = 2.1 * (simulated - ratio * ttft).std() / np.sqrt(2000) / ttft.mean()
+    assert check.interval == pytest.approx((check.error - half, check.error + half), abs=0.4 * half)
 
 
 def test_row_order_of_the_runs_does_not_matter(make_run: MakeRun) -> None:
@@ -157,16 +158,6 @@ def test_floors_come_from_the_repeats(make_run: MakeRun) -> None:
     assert compare(measured, slower, repeats=[measured])["ttft_mean"].noise_floor is None
 
 
-def test_seed_and_name_decide_the_interval(make_run: MakeRun) -> None:
-    rng = np.random.default_rng(0)
-    runs = [make_run(t, t + 100) for t in rng.uniform(10, 20, (2, 50))]
-    first, again, other = (
-        compare_e2e(*runs, name="run", clock="arrival_ns", seed=seed)[0].interval for seed in (0, 0, 1)
-    )
-    assert first == again
-    assert first != other
-
-
 def test_requests_in_one_run_only(make_run: MakeRun) -> None:
     four, three = make_run(TTFT, LATENCY), make_run(TTFT[:3], LATENCY[:3], ids=["r0", "r1", "x"])
     message = "row 2, request_id: 'r2' is not among the requests of the simulated run (in memory); "
@@ -202,3 +193,19 @@ def test_runs_without_requests_have_nothing_to_pass(make_run: MakeRun) -> None:
     checks = compare(empty, empty, repeats=[empty, empty], gates={"throughput": 0.1})
     assert {check.n for check in checks.values()} == {0}
     assert checks["throughput"].verdict == "fail"
+
+
+def test_what_only_the_client_saw_has_a_throughput_and_lengths(make_run: MakeRun) -> None:
+    """As `vllm bench` records: the engine's own columns are unknown."""
+    run = make_run([10.0, 20.0, 30.0], [110.0, 220.0, 180.0])
+    table = run.requests
+    for engine, client in (("first_token_ns", "client_first_token_ns"), ("finish_ns", "client_finish_ns")):
+        at, nothing = table.schema.get_field_index(engine), pa.nulls(3, pa.int64())
+        table = table.set_column(table.schema.get_field_index(client), table.schema.field(client), table.column(engine))
+        table = table.set_column(at, table.schema.field(engine), nothing)
+    seen = Run(RunInfo("recorded"), {"requests": table})
+    assert throughput(seen, "arrival_ns") == throughput(run, "arrival_ns") == pytest.approx(33 / 0.23)
+    assert {check.error for check in compare_e2e(seen, run, name="run", clock="arrival_ns")} == {0.0}
+    longer = make_run([10.0, 20.0, 30.0], [110.0, 220.0, 180.0], tokens=[11, 12, 11])
+    with pytest.raises(InputError, match="has 11 in the measured run and 12"):
+        compare_e2e(seen, longer, name="run", clock="arrival_ns")

@@ -13,7 +13,7 @@ from kvtwin.traces import InputError
 from kvtwin.traces.readers import read_run
 from kvtwin.validate.cli import add_commands
 from kvtwin.validate.e2e import compare_e2e
-from kvtwin.validate.peers import match_requests
+from kvtwin.validate.peers import compare_prediction, match_requests
 
 RUN = "data/runs/llmservingsim/RTXPRO6000__Llama-3.1-8B"
 PREDICTED = "PREDICTED_llmservingsim_requests.csv.gz"
@@ -53,3 +53,22 @@ def test_other_lengths_are_refused_in_one_line(shared: Path, tmp_path: Path) -> 
     short.write_text(f"{header}\n0,0,llama,10,3,500,2500,2000,0,1000,500\n")
     with pytest.raises(InputError, match="1 requests here, 300 in the measured run"):
         match_requests(read_run(shared / RUN), read_run(short))
+
+
+def test_a_benchmark_without_names_or_arrivals_is_judged_request_by_request(shared: Path, tmp_path: Path) -> None:
+    """The recording itself, written as SGLang's `bench_serving --output-details` would: no error in any metric."""
+    measured = read_run(shared / RUN)
+    rows = measured.requests.to_pylist()
+    details = {
+        "backend": "sglang", "completed": len(rows), "mean_ttft_ms": 1.0,
+        "input_lens": [row["input_tokens"] for row in rows], "output_lens": [row["output_tokens"] for row in rows],
+        "ttfts": [(row["first_token_ns"] - row["arrival_ns"]) / 1e9 for row in rows],
+        "itls": [[(row["finish_ns"] - row["first_token_ns"]) / 1e9] for row in rows],
+    }  # fmt: skip
+    path = tmp_path / "bench.jsonl"
+    path.write_text(json.dumps(details) + "\n")
+    checks = compare_prediction(measured, path, name="run", clock="arrival_ns")
+    assert {check.metric for check in checks} >= {"ttft_mape", "latency_p99", "throughput"}
+    assert all(abs(check.error) < 1e-6 for check in checks)
+    with pytest.raises(InputError, match=r"bench\.jsonl, queued_ns: .* compare by the other clock"):
+        compare_prediction(measured, path, name="run", clock="queued_ns")

@@ -129,18 +129,17 @@ def test_gates_and_floor_are_applied() -> None:
     assert "fewer than 10 steps of this regime: not judged" in checks["step_mape_prefill"].note
 
 
-def test_order_of_rows_and_seed() -> None:
+def test_the_order_of_rows_is_that_of_time() -> None:
     rng = np.random.default_rng(0)
     measured = rng.integers(50, 150, 300)
     table = predictions(measured.tolist(), rng.integers(50, 150, 300).tolist(), ["decode"] * 300)
     shuffled = table.take(pa.array(rng.permutation(300)))
-    first, second, other = (compare_steps(t, name="run", seed=s) for t, s in ((table, 0), (shuffled, 0), (table, 1)))
+    first, second = (compare_steps(steps, name="run") for steps in (table, shuffled))
     assert [str(check) for check in first] == [str(check) for check in second]
-    assert first[0].interval != other[0].interval
-    # Independent rows: the interval is that of the textbook, error +- 1.96 sigma / sqrt(n), within Monte Carlo error.
+    # Independent rows, not known to be so: the textbook's interval, but with the quantile of some five degrees of freedom.
     size = np.abs(np.array(table["predicted_ns"]) / np.array(table["measured_ns"]) - 1)
-    half = 1.96 * size.std() / np.sqrt(300)
-    assert first[0].interval == pytest.approx((size.mean() - half, size.mean() + half), abs=0.2 * half)
+    half = 2.57 * size.std() / np.sqrt(300)
+    assert first[0].interval == pytest.approx((size.mean() - half, size.mean() + half), abs=0.35 * half)
 
 
 def test_notes_say_what_was_left_out_and_what_is_extrapolated() -> None:
@@ -148,9 +147,8 @@ def test_notes_say_what_was_left_out_and_what_is_extrapolated() -> None:
         [100, 0, 100, 100, 100], [90] * 5, ["decode"] * 5, extrapolated=[True, True, False, False, None]
     )
     note = compare_steps(table, name="run")[0].note
-    assert note == "interval from blocks of 1 steps; 25.0% of the steps lie outside the profile's domain; " + (
-        "1 steps that took no time left out"
-    )
+    assert note.startswith("4 steps, as good as 4 independent ones")
+    assert note.endswith("; 25.0% of the steps lie outside the profile's domain; 1 steps that took no time left out")
     assert compare_steps(table, name="run")[0].n == 4
 
 

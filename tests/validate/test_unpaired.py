@@ -59,12 +59,14 @@ def test_every_other_request_of_a_recording_is_like_the_rest(name: str) -> None:
 
 
 def test_a_queue_that_grows_is_no_false_alarm() -> None:
-    # Requests of the saturated recording all come at once: the later half waits, and that is so.
+    # Requests of the saturated recording all come at once: the later half waits, and that is so. Of the TTFT, which
+    # does nothing but grow in either half, there is no more than one independent piece of evidence in each.
     run = read_run(RUNS / "saturated_1")
     half = run.requests.num_rows // 2
     halves = [Run(RunInfo(kind="recorded"), {"requests": run.requests.slice(at, half)}) for at in (0, half)]
     checks = {check.metric: check for check in compare_unpaired(*halves, name="x", clock="queued_ns")}
-    assert checks["ttft_mean"].verdict == "no gate" and checks["ttft_mean"].error > 1
+    assert checks["latency_mean"].verdict == "no gate" and checks["latency_mean"].error > 1
+    assert checks["ttft_mean"].error > 1 and "may be too narrow" in checks["ttft_mean"].note
 
 
 def test_a_run_without_times_is_refused() -> None:

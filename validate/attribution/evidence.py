@@ -64,7 +64,7 @@ def _arrives_differently(measured: Run, twin: Twin) -> bool:
     difference = delays[1] - delays[0]
     if len(difference) < 2 or not difference.any():
         return False
-    error = stats.standard_error(difference, stats.stream(0, "arrival"))
+    error = stats.standard_error(difference)
     turn = float(np.median(durations_ns(measured.steps))) / 2 if measured.has("steps") else 0.0
     return bool(abs(difference.mean()) > max(_SURE * error, turn))
 

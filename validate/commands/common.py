@@ -15,14 +15,13 @@ if TYPE_CHECKING:
 
 
 def add_judging(parser: argparse.ArgumentParser) -> None:
-    """Add `--gates`, `--seed` and `--json`."""
+    """Add `--gates` and `--json`."""
     parser.add_argument(
         "--gates",
         type=Path,
         metavar="FILE",
         help="TOML with a [gates] table, such as a target.toml: exit 1 if one fails",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap intervals (default: 0)")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 
@@ -82,8 +81,15 @@ def print_checks(checks: Sequence[Check]) -> None:
         verdict = "" if check.verdict == "no gate" else f"  {check.verdict}"
         values = f"{number(check.measured)} {number(check.simulated)}"
         print(f"{check.metric:20} {values} {check.error:+9.2%} {interval:>20} {floor:>12}{verdict}")
-    for note in dict.fromkeys(check.note for check in checks if "units" in check.note):
+    for note in notes(checks):
         print(f"note: {note}")
+
+
+def notes(checks: Sequence[Check]) -> list[str]:
+    """What nobody must miss: suspect units, and aggregates in place of requests."""
+    from kvtwin.validate.summary import NO_PAIRS
+
+    return list(dict.fromkeys(check.note for check in checks if "units" in check.note or NO_PAIRS in check.note))
 
 
 def number(value: float) -> str:

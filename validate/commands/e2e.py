@@ -20,7 +20,8 @@ def add(levels: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "predicted",
         type=Path,
         nargs="+",
-        help="simulated runs (ours, or another simulator's output), or other recordings of the same workload",
+        help="simulated runs (ours, or another simulator's output), other recordings of the same workload, or a file "
+        "of aggregates (vllm bench, SGLang's bench_serving, Dynamo's replay, BLIS)",
     )
     parser.add_argument(
         "--unpaired",
@@ -40,7 +41,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.unpaired and args.repeats:
         raise InputError("--repeats goes with paired runs: unpaired ones have no noise floor")
     measured = read_run(args.measured)
-    found = [(str(path), _compare(args, measured, read_run(path))) for path in args.predicted]
+    found = [(str(path), _compare(args, measured, path)) for path in args.predicted]
     if len(found) > 1:
         _print_side_by_side(found, args)
     elif args.json:
@@ -50,22 +51,20 @@ def _run(args: argparse.Namespace) -> int:
     return max(common.verdict_code(checks) for _, checks in found)
 
 
-def _compare(args: argparse.Namespace, measured: Any, predicted: Any) -> list[Check]:
+def _compare(args: argparse.Namespace, measured: Any, path: Path) -> list[Check]:
     from kvtwin.traces.readers import read_run
-    from kvtwin.validate.e2e import compare_e2e
-    from kvtwin.validate.peers import match_requests
+    from kvtwin.validate.peers import compare_prediction
     from kvtwin.validate.unpaired import compare_unpaired
 
     options: dict[str, Any] = {
         "name": args.measured.name,
         "clock": f"{args.clock}_ns",
         "gates": common.read_gates(args),
-        "seed": args.seed,
     }
     if args.unpaired:
-        return compare_unpaired(measured, predicted, **options)
+        return compare_unpaired(measured, read_run(path), **options)
     repeats = [measured, *(read_run(path) for path in args.repeats)] if args.repeats else []
-    return compare_e2e(measured, match_requests(measured, predicted), repeats=repeats, **options)
+    return compare_prediction(measured, path, repeats=repeats, **options)
 
 
 def _print_side_by_side(found: list[tuple[str, list[Check]]], args: argparse.Namespace) -> None:
@@ -76,6 +75,14 @@ def _print_side_by_side(found: list[tuple[str, list[Check]]], args: argparse.Nam
     for index, (path, _) in enumerate(found, 1):
         print(f"({index}) {path}")
     print(f"{'metric':20} {'measured':>12}" + "".join(f"{f'({n})':>14} {'error':>9}" for n in range(1, len(found) + 1)))
-    for row in zip(*(checks for _, checks in found), strict=True):
-        columns = "".join(f"  {common.number(check.simulated)} {check.error:+9.2%}" for check in row)
-        print(f"{row[0].metric:20} {common.number(row[0].measured)}{columns}")
+    by_metric = [{check.metric: check for check in checks} for _, checks in found]
+    for metric in dict.fromkeys(metric for checks in by_metric for metric in checks):
+        row = [checks.get(metric) for checks in by_metric]
+        measured = next(check.measured for check in row if check is not None)
+        columns = "".join(
+            f"{'':24}" if check is None else f"  {common.number(check.simulated)} {check.error:+9.2%}" for check in row
+        )
+        print(f"{metric:20} {common.number(measured)}{columns}")
+    for index, (_, checks) in enumerate(found, 1):
+        for note in common.notes(checks):
+            print(f"note: ({index}) {note}")

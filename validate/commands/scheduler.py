@@ -32,7 +32,7 @@ def _run(args: argparse.Namespace) -> int:
     measured = read_run(args.measured)
     predicted = predicted_run(measured, args.predicted)
     gates = common.read_gates(args)
-    finding, checks = compare_schedulers(measured, predicted, name=args.measured.name, gates=gates, seed=args.seed)
+    finding, checks = compare_schedulers(measured, predicted, name=args.measured.name, gates=gates)
     if args.json:
         common.print_json({"checks": checks, "schedule": finding})
     else:

@@ -38,7 +38,6 @@ def _run(args: argparse.Namespace) -> int:
         name=args.measured.name,
         floor=floor.metrics if floor else None,
         gates=common.read_gates(args),
-        seed=args.seed,
     )
     if note:
         checks = [replace(check, note=f"{note}; {check.note}") for check in checks]

@@ -20,7 +20,6 @@ from kvtwin.validate.scheduler.residency import derived_residency, recorded_queu
 BoolArray = npt.NDArray[np.bool_]
 
 _NAN: Final = float("nan")
-_MAX_GROUPS: Final = 4096  # rows that are resampled; those of longer logs are summed up in so many groups first
 _QUANTILES: Final = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 _ORDERS: Final = (
     ("admission_order", "scheduled_ns"), ("first_token_order", "first_token_ns"), ("finish_order", "finish_ns")
@@ -34,15 +33,14 @@ class ScheduleChecks:
     Args:
         name: of the recorded run.
         gates: see `gates.parse_gates`.
-        seed: of the bootstrap.
 
     Attributes:
         checks: judged.
         not_judged: what there is no check for, and why, in words.
     """
 
-    def __init__(self, name: str, gates: Gates, seed: int) -> None:
-        self._name, self._gates, self._seed = name, gates, seed
+    def __init__(self, name: str, gates: Gates) -> None:
+        self._name, self._gates = name, gates
         self.checks: list[Check] = []
         self.not_judged: list[str] = []
 
@@ -102,8 +100,8 @@ class ScheduleChecks:
         if not len(same):
             return
         hits = same.astype(np.float64)
-        interval = self._interval(metric, hits, np.ones(len(hits)))
-        if interval is not None:  # widened for few blocks, and still a share
+        interval = _interval(hits, np.ones(len(hits)))
+        if interval is not None:  # wide, and still a share
             interval = (max(interval[0], -1.0), min(interval[1], 0.0))
         self._add(
             metric, "steps", float(len(hits)), float(hits.sum()), float(hits.mean()) - 1, interval, len(hits), note
@@ -117,7 +115,7 @@ class ScheduleChecks:
             return
         # The means' ratio, step beside step: what both took alike moves it little.
         top, bottom = _by_row(theirs, rows.simulated) / len(theirs), _by_row(ours, rows.measured) / len(ours)
-        interval = self._interval(f"{metric}_mean", top, bottom)
+        interval = _interval(top, bottom)
         self._add_pair(f"{metric}_mean", unit, float(ours.mean()), float(theirs.mean()), interval, len(ours))
         for name, q in _QUANTILES.items():
             measured, simulated = (float(np.quantile(values, q)) for values in (ours, theirs))
@@ -137,16 +135,9 @@ class ScheduleChecks:
         measured, simulated = measured[known], simulated[known]
         if not measured.any() and not simulated.any():
             return  # a queue that neither engine used
-        interval = self._interval(f"{queue}_time", simulated, measured)
+        interval = _interval(simulated, measured)
         means = to_ms(float(measured.mean())), to_ms(float(simulated.mean()))
         self._add_pair(f"{queue}_time", "ms", *means, interval, len(measured), note)
-
-    def _interval(self, metric: str, top: FloatArray, bottom: FloatArray) -> Interval | None:
-        """Of sum(top) / sum(bottom) - 1, over rows that depend on their neighbours."""
-        top, bottom = _grouped(top), _grouped(bottom)
-        n, rng = len(top), stats.stream(self._seed, f"{self._name}/scheduler/{metric}")
-        length = stats.block_length(top - bottom)
-        return stats.usable(stats.bootstrap(n, length, {metric: stats.ratio_of_sums(top, bottom)}, rng)[metric], n)
 
     def _add_pair(
         self,
@@ -178,8 +169,6 @@ def _by_row(values: IntArray, steps: IntArray) -> FloatArray:
     return np.where(steps == NO_STEP, 0, values[steps]).astype(np.float64)
 
 
-def _grouped(values: FloatArray) -> FloatArray:
-    """Sums of neighbours, in at most _MAX_GROUPS groups."""
-    size = -(-len(values) // _MAX_GROUPS)
-    sums: FloatArray = np.add.reduceat(values, np.arange(0, len(values), size))
-    return sums
+def _interval(top: FloatArray, bottom: FloatArray) -> Interval | None:
+    """Of sum(top) / sum(bottom) - 1, over rows that depend on their neighbours."""
+    return stats.interval(stats.ratio_of_sums(top, bottom))

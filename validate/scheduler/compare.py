@@ -24,7 +24,7 @@ _COUNTS: Final = ("num_waiting", "num_running", "num_free_blocks")
 
 
 def compare_schedulers(
-    measured: Run, simulated: Run, *, name: str, gates: Gates = NO_GATES, seed: int = 0
+    measured: Run, simulated: Run, *, name: str, gates: Gates = NO_GATES
 ) -> tuple[ScheduleFinding, list[Check]]:
     """Compare the decisions of two runs of one workload.
 
@@ -33,7 +33,6 @@ def compare_schedulers(
         simulated: the replay of it (`replay_schedule`), or any other run with steps of the same requests.
         name: the recorded run's name.
         gates: see `gates.parse_gates`.
-        seed: of the bootstrap.
 
     Returns:
         The finding, and judged checks: identical steps, free blocks, time in queues, orders, sizes.
@@ -54,7 +53,7 @@ def compare_schedulers(
     ours, theirs = (read_decisions(run, numbers) for run, numbers in zip((measured, simulated), names, strict=True))
     rows = align(ours.members, theirs.members)
     same = _is_same(rows, ours, theirs)
-    checks = ScheduleChecks(name, gates, seed)
+    checks = ScheduleChecks(name, gates)
     checks.add_steps(rows, same, ours, theirs)
     checks.add_residency(measured, simulated, common)
     checks.add_orders(measured, simulated, common)
