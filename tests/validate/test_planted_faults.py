@@ -139,7 +139,7 @@ def test_a_token_budget_16_short() -> None:
     schedule, checks = compare_schedulers(recording, replay_schedule(recording, config), name="x", gates=gates)
     assert "identical_steps" in failed(checks)
     assert schedule.first is not None and schedule.first.what == "input_len"
-    assert set(blamed(recording, twin).values()) == {"schedule"}
+    assert set(blamed(recording, twin).values()) - {None} == {"schedule"}  # nobody where the bar is too small to see
 
 
 def test_eviction_in_reverse_order(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Final
 
 import numpy as np
@@ -17,8 +18,10 @@ from kvtwin.validate.beginning import beginning
 from kvtwin.validate.e2e import QUANTILES, Clock, request_metrics
 from kvtwin.validate.gates import TIMES
 from kvtwin.validate.result import Attribution, Check, Part, ScheduleFinding
+from kvtwin.validate.units import unit_note
 
 REMAINDER: Final = "remainder"
+UNITS: Final = "units"  # blamed where all times are off by the factor between two units, and those of the steps are not
 _ENGINE: Final = "step times, host, schedule"  # where the recording has no steps
 _ALL: Final = "arrival, step times, host, schedule"  # ... and does not say when requests reached the engine
 MAX_STEPS: Final = 40_000  # recorded layers run in the plain loop, some 50 us a step
@@ -68,6 +71,10 @@ def attribute(
         REMAINDER if "arrival" in layers and measured.has("steps") else _ENGINE if "arrival" in layers else _ALL
     )
     notes += _missing(layers)
+    units = next(filter(None, (unit_note(truth[key], values[0][key]) for key in ("latency_ms", "ttft_ms"))), None)
+    if units is not None:
+        notes.append(units)
+        suspected = suspected & {"step times"} or {UNITS}
     result = []
     for time in TIMES:
         key = f"{time}_ms"
@@ -76,7 +83,7 @@ def attribute(
         for statistic in _STATISTICS if known.any() else ():
             numbers = [_summary(column[known], statistic) for column in chain]
             result.append(_waterfall(name, f"{time}_{statistic}", layers, numbers, suspected, checks, "; ".join(notes)))
-    return result
+    return _without_trifles(result)
 
 
 def _waterfall(
@@ -105,8 +112,10 @@ def _blamed(parts: Sequence[Part], error: float, suspected: set[str], *, doubtfu
     """Of the layers with evidence against them the one that moves the error most.
 
     Other decisions or hits than recorded are faults whatever they do end to end. The times of a layer are blamed for an
-    error that is there, and only if they make at least half of it.
+    error that is there, and only if they make at least half of it. Wrong units are no layer's: they are in all bars.
     """
+    if UNITS in suspected:
+        return UNITS
     accountable = [
         part
         for part in parts
@@ -114,6 +123,16 @@ def _blamed(parts: Sequence[Part], error: float, suspected: set[str], *, doubtfu
         and (part.layer in DECIDED or (not doubtful and 2 * part.change * np.sign(error) >= abs(error)))
     ]
     return max(accountable, key=lambda part: abs(part.change)).layer if accountable else None
+
+
+def _without_trifles(found: Sequence[Attribution]) -> list[Attribution]:
+    """Nobody is blamed for a bar that cannot be seen, unless its layer has none that can."""
+    bars = [abs(next((part.change for part in one.parts if part.layer == one.blamed), 1.0)) for one in found]
+    seen = {one.blamed for one, bar in zip(found, bars, strict=True) if bar >= _NEGLIGIBLE}
+    return [
+        replace(one, blamed=None) if bar < _NEGLIGIBLE and one.blamed in seen else one
+        for one, bar in zip(found, bars, strict=True)
+    ]
 
 
 def _beginning(measured: Run, twin: Twin) -> tuple[Run, Twin, npt.NDArray[np.bool_], list[str]]:
