@@ -14,10 +14,8 @@ from kvtwin.sim.sglang.radix_tree import RadixTree, TreeNode
 from kvtwin.sim.sglang.runs import Runs, merge_runs
 from kvtwin.traces.errors import InputError
 from kvtwin.traces.table import from_columns
+from kvtwin.validate.gates import LEVELS, MOVES, NO_GATES, Gates, judge
 from kvtwin.validate.result import Check
-
-_LEVELS = (1, 2, 3)
-_MOVES = ("load_back", "write_back", "prefetch_start", "prefetch_done", "prefetch_drop")
 
 
 def cache_figures(events: pa.Table) -> dict[str, tuple[float, int]]:
@@ -53,8 +51,8 @@ def cache_figures(events: pa.Table) -> dict[str, tuple[float, int]]:
         lookups = sum(entry[1] for (kind, _), entry in sums.items() if kind == "lookup")
         hits = sum(entry[0] for (kind, _), entry in sums.items() if kind == "hit")
         figures["hit_rate"] = hits / looked_up, lookups
-    for name in ("hit", "store", "evict", *_MOVES):
-        for level in _LEVELS:
+    for name in ("hit", "store", "evict", *MOVES):
+        for level in LEVELS:
             if (name, level) in sums:
                 figures[f"{name}_{unit}_l{level}"] = float(sums[name, level][0]), sums[name, level][1]
     for (cause, level), entry in sorted(triggered.items()):
@@ -62,12 +60,13 @@ def cache_figures(events: pa.Table) -> dict[str, tuple[float, int]]:
     return figures
 
 
-def compare_cache(measured: pa.Table, predicted: pa.Table, *, name: str) -> list[Check]:
+def compare_cache(measured: pa.Table, predicted: pa.Table, *, name: str, gates: Gates = NO_GATES) -> list[Check]:
     """A Check per figure that either trace has (`cache_figures`); one that a trace lacks counts as 0 there.
 
     Args:
         measured, predicted: tables of schema.CACHE.
         name: of the measured trace.
+        gates: see `gates.parse_gates`.
 
     Raises:
         InputError: one counts tokens and the other blocks.
@@ -85,7 +84,7 @@ def compare_cache(measured: pa.Table, predicted: pa.Table, *, name: str) -> list
         note = "" if math.isfinite(error) else "the measured trace has none"
         error = error if math.isfinite(error) else math.nan
         checks.append(Check(name, "cache", metric, unit, value, other, error, None, count, note=note))
-    return checks
+    return [judge(check, gates) for check in checks]
 
 
 def replay_events(events: pa.Table, capacity_blocks: int, policy: str = "lru") -> pa.Table:

@@ -24,6 +24,15 @@ TIMES: Final = ("ttft", "tpot", "latency")
 STATISTICS: Final = ("mean", "p50", "p90", "p99")
 QUEUES: Final = ("waiting", "prefetch", "running", "swapped")
 SIZES: Final = ("batch_size", "step_tokens")
+LEVELS: Final = (1, 2, 3)  # of a KV cache: HBM, host, storage
+MOVES: Final = ("load_back", "write_back", "prefetch_start", "prefetch_done", "prefetch_drop")
+
+
+def _on_levels(*kinds: str) -> tuple[str, ...]:
+    """The metrics of `cache.cache_figures`, in tokens and in blocks."""
+    return tuple(f"{kind}_{unit}_l{level}" for kind in kinds for unit in ("tokens", "blocks") for level in LEVELS)
+
+
 
 # A family's gate holds for each of its members. The per-request MAPE is in no family: it is several times the error
 # of a mean, so one number cannot serve both.
@@ -33,6 +42,13 @@ FAMILIES: Final[Mapping[str, tuple[str, ...]]] = {
     "queue_time": tuple(f"{queue}_time" for queue in QUEUES),
     "order": ("admission_order", "first_token_order", "finish_order"),
     **{size: tuple(f"{size}_{statistic}" for statistic in (*STATISTICS, "distance")) for size in SIZES},
+    "cache_hits": ("hit_rate", *_on_levels("hit")),
+    "cache_stores": _on_levels("store"),
+    "cache_evictions": (
+        *_on_levels("evict"),
+        *(f"{cause}_l{level}" for cause in ("evict_for_store", "evict_alone") for level in LEVELS),
+    ),
+    "cache_moves": _on_levels(*MOVES),
 }
 
 MAX_ERROR: Final = 1.0
@@ -52,6 +68,7 @@ METRICS: Final = (
     "identical_steps",
     "free_blocks",
     *(name for family in ("queue_time", "order", *SIZES) for name in FAMILIES[family]),
+    *(name for family in FAMILIES if family.startswith("cache_") for name in FAMILIES[family]),
 )
 
 

@@ -112,6 +112,15 @@ def test_the_command_prints_checks_as_json(log: Path, capsys: pytest.CaptureFixt
     assert "either PREDICTED or --capacity" in capsys.readouterr().err
 
 
+def test_gates_of_a_cache_are_asked(log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A cache of one block finds less than the log did."""
+    gates = tmp_path / "gates.toml"
+    for text, code in (("cache_hits = 0.0", 1), ("cache_hits = 1.0", 0), ("hit_rates = 0.1", 2)):
+        gates.write_text(f"[gates]\n{text}\n")
+        assert main(["validate", "cache", str(log), "--capacity", "1", "--gates", str(gates)]) == code
+    assert "did you mean 'hit_rate'" in capsys.readouterr().err
+
+
 def test_the_cache_command_keeps_below_beladys_bound(shared: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trace = str(shared / "data" / "traces" / "mooncake" / "synthetic_trace.jsonl.gz")
     assert main(["cache", trace, "--capacity", "2000000", "--json"]) == 0

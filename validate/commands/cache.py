@@ -15,7 +15,7 @@ def add(levels: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("predicted", type=Path, nargs="?", help="another such trace (or --capacity)")
     parser.add_argument("--capacity", type=int, metavar="BLOCKS", help="replay MEASURED through a cache of this size")
     parser.add_argument("--policy", default="lru", help="eviction policy of the replay (default: lru)")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    common.add_judging(parser)
     parser.set_defaults(run=_run)
 
 
@@ -31,9 +31,9 @@ def _run(args: argparse.Namespace) -> int:
         predicted = read_cache_events(args.predicted)
     else:
         predicted = replay_events(measured, args.capacity, args.policy)
-    checks = compare_cache(measured, predicted, name=args.measured.name)
+    checks = compare_cache(measured, predicted, name=args.measured.name, gates=common.read_gates(args))
     if args.json:
         common.print_json({"checks": checks})
     else:
         common.print_checks(checks)
-    return 0
+    return common.verdict_code(checks)
