@@ -248,7 +248,8 @@ def around(level: float, found: MeanVariance, value: float, is_error: bool) -> I
 
 def describe(statistic: Statistic, rows: str) -> str:
     """How much its rows (called `rows`) tell, and whether that is too little for the interval to be trusted."""
-    independent = statistic.variance().rows
+    # Rows that the value does not rest on (other regimes) pull at nothing, but are there: the share is that of all.
+    independent = statistic.num_rows * statistic.variance().rows / len(statistic.influence)
     few = ": the interval may be too narrow" if independent < _FEW else ""
     return f"{statistic.num_rows} {rows}, as good as {independent:.0f} independent ones{few}"
 

@@ -168,6 +168,8 @@ def test_a_short_sample_is_called_short() -> None:
     y = np.random.default_rng(0).lognormal(size=1000)
     told = stats.describe(stats.mean(y), "steps")
     assert told.startswith("1000 steps, as good as ") and "narrow" not in told
+    some = stats.describe(stats.mean(y, np.arange(1000) < 50), "steps")  # rows it does not rest on tell nothing
+    assert 1 <= int(some.removeprefix("50 steps, as good as ").split()[0]) <= 50
 
 
 # ---- what the intervals cover; many more cases in tests/fidelity/test_coverage.py --------------------------------
