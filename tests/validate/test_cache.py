@@ -157,3 +157,57 @@ def test_whatever_stands_in_a_file_is_read_or_refused_in_one_line(
     with pytest.raises(KvtwinError) as caught:
         read_cache_events(path)
     assert "\n" not in str(caught.value)
+
+
+# What vLLM 0.32.0 and 0.19.0 themselves encode: two blocks of 16 stored on the GPU at 100.5 s, one of them moved to the
+# CPU at 100.75 s, everything cleared at 101 s.
+PUBLISHED = {
+    "maps": "93cb40592000000000009188a474797065ab426c6f636b53746f726564ac626c6f636b5f686173686573920bc42001010101010101010101"
+    "01010101010101010101010101010101010101010101b1706172656e745f626c6f636b5f68617368c0a9746f6b656e5f696473dc00200001020304"
+    "05060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1faa626c6f636b5f73697a6510a76c6f72615f6964c0a66d656469756da3475055"
+    "a96c6f72615f6e616d65c0c093cb40593000000000009283a474797065ac426c6f636b52656d6f766564ac626c6f636b5f686173686573910ba66d"
+    "656469756da347505588a474797065ab426c6f636b53746f726564ac626c6f636b5f686173686573910bb1706172656e745f626c6f636b5f686173"
+    "68c0a9746f6b656e5f696473dc0010000102030405060708090a0b0c0d0e0faa626c6f636b5f73697a6510a76c6f72615f6964c0a66d656469756d"
+    "a3435055a96c6f72615f6e616d65c00093cb40594000000000009181a474797065b0416c6c426c6f636b73436c6561726564c0",
+    "arrays": "93cb40592000000000009199ab426c6f636b53746f726564920bc42001010101010101010101010101010101010101010101010101010101"
+    "01010101c0dc0020000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f10c0a3475055c0c0c093cb4059300000000000"
+    "9293ac426c6f636b52656d6f766564910ba347505599ab426c6f636b53746f726564910bc0dc0010000102030405060708090a0b0c0d0e0f10c0a3"
+    "435055c0c00093cb40594000000000009191b0416c6c426c6f636b73436c6561726564c0",
+}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("form", PUBLISHED)
+def test_events_as_the_engines_publish_them(form: str, packed: bool, tmp_path: Path) -> None:
+    pytest.importorskip("msgpack")
+    path, payload = tmp_path / "events.bin", bytes.fromhex(PUBLISHED[form])
+    path.write_bytes(gzip.compress(payload) if packed else payload)
+    table = read_cache_events(path)
+    rows = list(zip(*(table.column(name).to_pylist() for name in ("time_ns", "level", "kind", "tokens")), strict=True))
+    assert rows == [
+        (0, 1, "store", 16), (0, 1, "store", 16), (250_000_000, 1, "evict", None), (250_000_000, 2, "store", 16),
+        (500_000_000, 1, "evict", None),
+    ]  # fmt: skip
+    blocks = table.column("block_hash").to_pylist()
+    assert blocks[0] == blocks[2] == blocks[3] == 11 and blocks[1] == blocks[4] != 11
+
+
+@pytest.mark.parametrize("cut", [1, 5, 40, 130])
+def test_cut_payloads_get_one_line(cut: int, tmp_path: Path) -> None:
+    pytest.importorskip("msgpack")
+    path = tmp_path / "events.bin"
+    path.write_bytes(bytes.fromhex(PUBLISHED["arrays"])[:-cut])
+    with pytest.raises(InputError, match="payload"):
+        read_cache_events(path)
+
+
+@settings(max_examples=200)
+@given(st.binary(min_size=1, max_size=60))
+def test_any_payload_is_a_trace_or_one_line(tmp_path_factory: pytest.TempPathFactory, payload: bytes) -> None:
+    pytest.importorskip("msgpack")
+    path = tmp_path_factory.getbasetemp() / "any.bin"
+    path.write_bytes(b"\x93" + payload)
+    try:
+        read_cache_events(path)
+    except InputError as error:
+        assert "\n" not in str(error)

@@ -6,8 +6,7 @@ Known, by what the first line holds:
 * Tair KVCacheManager's event log (`"component": "cache_manager"`): GetCacheLocation, StartWriteCache, FinishWriteCache,
   one block key each. The log does not say what a lookup found; a hit is a leading key that an earlier finished write
   has stored (the log has no evictions);
-* vLLM's KV-cache events as JSON lines: `{"ts": seconds, "events": [{"type": "BlockStored" | "BlockRemoved" |
-  "AllBlocksCleared", "block_hashes": [...], "block_size": 16, "medium": "GPU"}]}`;
+* KV-cache events that vLLM and SGLang publish, as JSON lines or msgpack (`kv_events.py`);
 * decision logs of SGLang's HiCache (`hi_*` of the oracle): loads, copies, backups, prefetches and evictions in tokens.
   Such a log names a load by the depth at which it ends, not by its request: it counts as the hit of the first request
   of the batch whose hit ends there.
@@ -26,6 +25,7 @@ from typing import Any, Final
 import pyarrow as pa
 
 from kvtwin.traces.errors import InputError
+from kvtwin.traces.readers.kv_events import is_msgpack, read_batches
 from kvtwin.traces.readers.text import Row, read_jsonl, read_lines
 from kvtwin.traces.run import Run
 from kvtwin.traces.table import from_columns
@@ -74,12 +74,14 @@ def read_cache_events(path: Path) -> pa.Table:
 
 
 def _reader(path: Path) -> Callable[[Path, _Events], None]:
+    if is_msgpack(path):
+        return _read_published
     first = next(iter(read_jsonl(path)), None)
     values = {} if first is None else first.values
     if values.get("component") == "cache_manager":
         return _read_tair
     if "events" in values:
-        return _read_vllm
+        return _read_published
     if values.get("type") == "meta" and "sglang" in values:
         return _read_hicache
     raise InputError("not a cache event trace that kvtwin reads: Tair, vLLM KV events, HiCache log, run", path=path)
@@ -115,14 +117,11 @@ def _keys(row: Row) -> list[int]:
     return [key & _HASH_MASK for key in keys]
 
 
-def _read_vllm(path: Path, events: _Events) -> None:
+def _read_published(path: Path, events: _Events) -> None:
     live: dict[int, set[int]] = {}
-    for row in read_jsonl(path):
+    for row in read_batches(path):
         time_ns = round(row.seconds("ts") * _NS_PER_S)
-        batch = row.get("events")
-        if not isinstance(batch, list) or not all(isinstance(event, dict) for event in batch):
-            row.fail("events", "a list of objects expected")
-        for event in batch:
+        for event in row.get("events"):
             level = _MEDIA.get(str(event.get("medium") or "GPU").upper(), STORAGE)
             held = live.setdefault(level, set())
             kind = event.get("type")
@@ -144,7 +143,8 @@ def _read_vllm(path: Path, events: _Events) -> None:
 def _hash(value: Any) -> int:
     if type(value) is int:
         return value & _HASH_MASK
-    return int.from_bytes(hashlib.blake2b(str(value).encode(), digest_size=8).digest(), "little")
+    text = value if isinstance(value, bytes) else str(value).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
 # Kinds of the oracle's HiCache events: level, kind, and where the tokens stand. A refused copy or load has 0 tokens.
