@@ -32,6 +32,11 @@ class VllmRules:
         hold_back_stale_output: a request preempted with a token in flight is not resumed before that
             token has arrived (0.32).
         has_watermark: the `watermark` option exists (0.32).
+        offload_touches_when_asked: a lookup or a store on the host makes a request's blocks the most recent
+            (`OffloadingConnectorScheduler.get_num_new_matched_tokens`, 0.19), else its end does
+            (`CPUOffloadingManager.on_request_finished`, 0.32).
+        offload_waits_for_writes: a request waits for blocks that are being written to the host
+            (`LookupResult.HIT_PENDING`, 0.32), else they end its hit (0.19).
     """
 
     reuse_uncached_first: bool
@@ -39,12 +44,14 @@ class VllmRules:
     victim_place_moves_index: bool
     hold_back_stale_output: bool
     has_watermark: bool
+    offload_touches_when_asked: bool
+    offload_waits_for_writes: bool
 
 
 VLLM_RULES: Mapping[str, VllmRules] = MappingProxyType(
     {
-        "0.19": VllmRules(False, False, False, False, False),
-        "0.32": VllmRules(True, True, True, True, True),
+        "0.19": VllmRules(False, False, False, False, False, True, False),
+        "0.32": VllmRules(True, True, True, True, True, False, True),
     }
 )
 

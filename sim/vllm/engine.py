@@ -186,7 +186,7 @@ class Engine:
         d2h, h2d = Link(links.d2h_base, links.d2h_per_token), Link(links.h2d_base, links.h2d_per_token)
         if config.kv_offloading_size:
             sizes = (config.num_host_blocks, config.num_disk_blocks, config.block_size)
-            self.offload = OffloadTiers(*sizes, links, d2h, h2d, pool, times, cache_log)
+            self.offload = OffloadTiers(*sizes, config.rules, links, d2h, h2d, pool, times, cache_log)
         swap = SwapSpace(config.num_swap_blocks, config.block_size, d2h, h2d, cache_log) if config.swaps else None
         scheduler = VllmScheduler(config, requests, pool, self.offload, swap)
         return PlainLoop(

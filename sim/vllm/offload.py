@@ -2,12 +2,16 @@
 
 Follows vLLM 0.19.0's `OffloadingConnectorScheduler` (`kv_connector/v1/offloading/scheduler.py`:
 `get_num_new_matched_tokens`, `update_state_after_alloc`, `_get_reqs_to_store`, `request_finished`) with
-`kv_offload/cpu/manager.py` and `cpu/policies/lru.py`, read line by line. One difference: there a stored block can be
-read once its request has finished or was preempted; here, as in 0.32.0 (`update_connector_output`, job by job), once
-its copy has ended. 0.32.0 is not followed where it frees a finished request's blocks at once and flushes the copies
-when somebody takes the blocks, and where it stores a request's last blocks after its end. The disk is meant to be
-0.32.0's `kv_offload/tiering/manager.py` (what is stored on the host goes on to the disk; what is only there is brought
-to the host first, and the request asks again later), but was not checked against it.
+`kv_offload/cpu/manager.py` and `cpu/policies/lru.py`, and 0.32.0 where `VllmRules` says so. Read, not run; not followed:
+
+* 0.19: a stored block can be read once its request has finished or was preempted (here: once its copy has ended, as in
+  0.32), and requests that were passed over have a queue of their own;
+* 0.32: a request with copies under way is not looked up; a finished request's blocks are free at once, and copies are
+  flushed when somebody takes them; its last blocks are stored after its end; loads are admitted beside a reservation
+  for all that are in flight (`_inflight_prefill_reserved_blocks`);
+* the disk is 0.32's `kv_offload/tiering/manager.py` in outline (what is stored on the host goes on to the disk; what is
+  only there is brought to the host first, and the request asks again later), but knows at once what it holds, and a
+  promotion is whole or none.
 
 Ours, because the connector's worker decides it by CUDA events: a store is sent when the step that fills its blocks has
 run, and a load when its request is scheduled; each is seen by the first schedule() call after it has ended. A request
@@ -25,6 +29,7 @@ from itertools import takewhile
 from kvtwin.sim.links import Link, LinkTimes
 from kvtwin.sim.vllm.block_pool import IntArray, Pool
 from kvtwin.sim.vllm.cache_log import HBM, HOST, STORAGE, CacheLog
+from kvtwin.sim.vllm.config import VllmRules
 from kvtwin.sim.vllm.recorder import UNKNOWN, RequestTimes
 from kvtwin.sim.vllm.request import Request
 
@@ -88,13 +93,13 @@ class Level:
                 held.rank = rank
         self._rank = rank
 
-    def prepare_store(self, keys: Iterable[int]) -> list[int] | None:
-        """Make room for those that are not there, none of the others going; returns these, or None where blocks in use
-        leave too little room."""
+    def prepare_store(self, keys: Iterable[int], spared: Iterable[int] = ()) -> list[int] | None:
+        """Make room for those that are not there, neither the others nor `spared` going; returns these, or None where
+        blocks in use leave too little room."""
         asked = dict.fromkeys(keys)
         wanted = [key for key in asked if key not in self._held]
         short = len(wanted) - (self.num_blocks - len(self._held))
-        if short > 0 and not self._evict(short, asked):
+        if short > 0 and not self._evict(short, {*asked, *spared}):
             return None
         for key in wanted:
             self._rank += 1
@@ -173,6 +178,7 @@ class OffloadTiers:
     Args:
         num_host_blocks, num_disk_blocks: what they hold; 0 for no disk.
         block_size: tokens per block.
+        rules: of the vLLM version.
         links: what transfers take; a page is a block.
         d2h, h2d: the links between device and host.
         pool: the GPU's blocks; those of a finished request are freed when its stores have ended.
@@ -188,6 +194,7 @@ class OffloadTiers:
         num_host_blocks: int,
         num_disk_blocks: int,
         block_size: int,
+        rules: VllmRules,
         links: LinkTimes,
         d2h: Link,
         h2d: Link,
@@ -197,6 +204,7 @@ class OffloadTiers:
     ) -> None:
         self.host = Level(num_host_blocks, lambda key: self._note(HOST, "evict", (key,)))
         self.disk = Level(num_disk_blocks, lambda key: self._note(STORAGE, "evict", (key,)))
+        self._touches, self._waits = rules.offload_touches_when_asked, rules.offload_waits_for_writes
         self._block_size, self._d2h, self._h2d, self._pool = block_size, d2h, h2d, pool
         self._read = Link(links.read_base, links.read_per_page)
         self._write = Link(links.write_base, links.write_per_page)
@@ -250,25 +258,29 @@ class OffloadTiers:
         return request.row in self._arriving or self._promoting.get(request.row, 0) > self._now_ns
 
     def lookup(self, request: Request, num_local_blocks: int) -> int | None:
-        """Blocks that the host has ready beyond the GPU's hit; None while the disk brings more, or while some of them
-        are on their way for another request, which will leave them on the GPU.
+        """Blocks that the host has ready beyond the GPU's hit; None while the disk brings more, while some of them are
+        on their way for another request, which will leave them on the GPU, or (0.32) while the next is being written.
 
         Args:
             request: waits for its admission.
             num_local_blocks: the GPU's hit.
         """
         keys: list[int] = request.block_keys(0, request.num_tokens // self._block_size).tolist()
-        self.host.touch(keys)
+        if self._touches:
+            self.host.touch(keys)
         beyond = keys[num_local_blocks:]
         hits = sum(1 for _ in takewhile(self.host.is_ready, beyond))
-        if request.row not in self._promoted and self._promote(request, beyond[hits:]):
+        if self._waits and hits < len(beyond) and beyond[hits] in self.host:
+            return None
+        if request.row not in self._promoted and self._promote(request, beyond[:hits], beyond[hits:]):
             return None
         return None if self._loading and not self._loading.isdisjoint(beyond[:hits]) else hits
 
-    def _promote(self, request: Request, keys: list[int]) -> bool:
-        """Bring the blocks that the disk holds next to the host; False if there are none or there is no room."""
+    def _promote(self, request: Request, hits: list[int], keys: list[int]) -> bool:
+        """Bring the blocks that the disk holds next to the host, behind the hits there, which stay; False if there are
+        none or there is no room."""
         found = list(takewhile(lambda key: self.disk.is_ready(key) and key not in self.host, keys))
-        if not found or self.host.prepare_store(found) is None:
+        if not found or self.host.prepare_store(found, hits) is None:
             return False
         self.disk.touch(found)
         self.disk.read(found)
@@ -342,7 +354,8 @@ class OffloadTiers:
         self._num_stored[row] = last
         if not keys:
             return
-        self.host.touch(request.block_keys(0, last).tolist())
+        if self._touches:
+            self.host.touch(request.block_keys(0, last).tolist())
         stored_ns = self._d2h.send(end_ns, len(keys) * self._block_size)
         self._stores_end_ns[row] = stored_ns
         self._at(stored_ns, lambda time_ns: self._store_done(keys, time_ns))
@@ -368,7 +381,9 @@ class OffloadTiers:
     def finished(self, request: Request) -> bool:
         """A request has finished; whether its GPU blocks stay until its stores have ended (`request_finished`)."""
         row, blocks = request.row, request.blocks
-        self._num_stored.pop(row, None)
+        num_stored = self._num_stored.pop(row, 0)
+        if not self._touches:
+            self.host.touch(request.block_keys(0, num_stored).tolist())
         self.admitted(request)
         end_ns = self._stores_end_ns.pop(row, 0)
         if end_ns <= self._now_ns or not len(blocks):

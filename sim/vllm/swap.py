@@ -1,8 +1,9 @@
 """Swap-based preemption: the victim's KV waits in host memory instead of being computed again.
 
 vLLM V1 always recomputes; this is V0's option, after 0.5 `core/scheduler.py` (`_preempt_by_swap`, `_schedule_swapped`)
-and `worker/worker.py` (`execute_worker`: the copies of a step run before its model, so the step waits for them). It was
-written from memory of those and not checked line by line: V0 versions differ in the order of the swapped queue.
+and `worker/worker.py` (`execute_worker`: the copies of a step run before its model, so the step waits for them). Beside
+0.6.6 it differs: that one's swapped queue is first in, first out, chunked prefill goes on while some are swapped, and a
+swap-in always leaves the watermark (0.01) free.
 """
 
 from __future__ import annotations
