@@ -33,7 +33,6 @@ def _on_levels(*kinds: str) -> tuple[str, ...]:
     return tuple(f"{kind}_{unit}_l{level}" for kind in kinds for unit in ("tokens", "blocks") for level in LEVELS)
 
 
-
 # A family's gate holds for each of its members. The per-request MAPE is in no family: it is several times the error
 # of a mean, so one number cannot serve both.
 FAMILIES: Final[Mapping[str, tuple[str, ...]]] = {
