@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvtwin.sim import cache_cli
 from kvtwin.traces.errors import InputError
+
+if TYPE_CHECKING:
+    from kvtwin.traces.run import Run
 
 
 def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -55,6 +60,7 @@ def _run(args: argparse.Namespace) -> int:
     latency = profile.latency_model()
     workload = read_run(args.workload)
     loaded = time.perf_counter()
+    _say_what_differs(settings, workload, args.engine)
     source = {"workload": args.workload.name, "engine": args.engine.name, "profile": args.profile.name}
     with progress_bar(workload.requests.num_rows, " requests", "simulate") as progress:
         run = simulate(workload, latency, profile.host, **record, source=source, progress=progress)
@@ -86,6 +92,23 @@ def _simulator(settings: dict[str, Any], path: Path) -> Callable[..., Any]:
 
     vllm = vllm_config(settings, path)
     return lambda workload, *args, **options: simulate(workload, vllm, *args, **options)
+
+
+def _say_what_differs(settings: dict[str, Any], workload: Run, path: Path) -> None:
+    """A recording served by another engine than its own is fine; by one that leaves settings open, most likely a slip."""
+    from kvtwin.sim.vllm.config import VllmConfig, recorded_settings
+
+    if settings.get("engine") == "sglang" or not (workload.info.engine or "").startswith("vllm"):
+        return
+    given = {name.removeprefix("--").replace("-", "_") for name in settings}
+    recorded = recorded_settings(dict(workload.info.engine_config))
+    open_ones = [
+        f"{field.name} = {recorded[field.name]!r} (here {field.default!r})"
+        for field in dataclasses.fields(VllmConfig)
+        if field.name not in given and recorded.get(field.name) not in (None, field.default)
+    ]
+    if open_ones:
+        print(f"note: {path} leaves open what the recording says: {', '.join(open_ones)}", file=sys.stderr)
 
 
 def _recorded_tables(text: str) -> dict[str, bool]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NoReturn, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -119,6 +119,10 @@ class Profile:
         write_text(path, json.dumps(self.to_json(), allow_nan=False) + "\n")
 
 
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number that a profile may hold")
+
+
 def read_profile(path: str | PathLike[str]) -> Profile:
     """Read and check a profile file.
 
@@ -127,7 +131,7 @@ def read_profile(path: str | PathLike[str]) -> Profile:
     """
     file = Path(path)
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        data = json.loads(file.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
     except OSError as error:
         raise InputError(f"cannot be read ({error.strerror})", path=file) from error
     except ValueError as error:

@@ -73,7 +73,11 @@ class RegressionLatency:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> RegressionLatency:
         """Read `to_json`'s output. Raises KeyError, TypeError or ValueError on anything else."""
-        prices = {name: float(value) for name, value in data["coefficients_ns"].items()}
+        prices = dict(data["coefficients_ns"])
+        wrong = next((name for name, price in prices.items() if type(price) not in (int, float)), None)
+        if wrong is not None:
+            raise ValueError(f"the price of {wrong} is {prices[wrong]!r}: a number of nanoseconds expected")
+        prices = {name: float(price) for name, price in prices.items()}
         unknown = sorted(set(prices) - set(FEATURES))
         if unknown:
             raise ValueError(f"unknown feature {unknown[0]!r}")

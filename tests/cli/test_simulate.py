@@ -99,3 +99,15 @@ def test_an_output_that_exists_is_kept(folder: Path, capsys: pytest.CaptureFixtu
 def test_an_unknown_table_to_record_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert simulate(folder, "--record", "steps,dreams") == 2
     assert "'dreams'" in capsys.readouterr().err
+
+
+def test_an_engine_file_that_leaves_open_what_the_recording_says(
+    shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recorded = shared / "data" / "vllm_cpu" / "poisson_1"
+    (tmp_path / "engine.toml").write_text("num_gpu_blocks = 1000\nblock_size = 32\nmax_model_len = 2048\n")
+    Profile(kind="linear", latency=LinearLatency(6_000_000, 25_000, 20, 10_000).to_json()).write(tmp_path / "p.json")
+    words = ["--engine", str(tmp_path / "engine.toml"), "--profile", str(tmp_path / "p.json")]
+    assert main(["simulate", str(recorded), *words, "-o", str(tmp_path / "run")]) == 0
+    note = next(line for line in capsys.readouterr().err.splitlines() if "leaves open" in line)
+    assert "max_num_batched_tokens = 512 (here 8192)" in note and "block_size" not in note

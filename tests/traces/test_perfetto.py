@@ -203,3 +203,12 @@ def test_a_place_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be written"):
         write_perfetto(make_run(), tmp_path / "folder")
     assert sorted(item.name for item in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_cut_off_steps_get_one_line(shared: Path, tmp_path: Path) -> None:
+    run = Run.open(read_run(shared / "data" / "vllm_cpu" / "poisson_1").write(tmp_path / "run"))
+    steps = tmp_path / "run" / "steps.parquet"
+    steps.write_bytes(steps.read_bytes()[:3000])
+    with pytest.raises(InputError, match="not a readable Parquet file"):
+        write_perfetto(run, tmp_path / "out.json")
+    assert not (tmp_path / "out.json").exists()

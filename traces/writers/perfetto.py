@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from kvtwin.traces.errors import InputError
 from kvtwin.traces.files import replacing_text
 from kvtwin.traces.run import Run
 from kvtwin.traces.table import check_table
@@ -243,8 +244,11 @@ def _batches(run: Run) -> Iterator[pa.Table]:
         yield from (run.steps.slice(begin, _BATCH_ROWS) for begin in range(0, run.steps.num_rows, _BATCH_ROWS))
         return
     path = run.path / "steps.parquet"
-    for batch in pq.ParquetFile(path).iter_batches(_BATCH_ROWS):
-        yield check_table(pa.Table.from_batches([batch]), "steps", path)
+    try:
+        for batch in pq.ParquetFile(path).iter_batches(_BATCH_ROWS):
+            yield check_table(pa.Table.from_batches([batch]), "steps", path)
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"not a readable Parquet file ({error})", path=path) from error
 
 
 def _origin_ns(run: Run) -> int:
