@@ -105,4 +105,5 @@ def _heavy_tails(rest: FloatArray, waves: int) -> float:
     if blocks < 2 or variance == 0:
         return 0.0
     normal = 3 * (blocks - 1) / (blocks + 1)  # what so many normal blocks show on average
-    return max(float(np.mean(sums**4)) / variance**2 - normal, 0.0) / blocks
+    kurtosis = float(np.mean((sums / np.sqrt(variance)) ** 4))  # variance**2 may be too small for a float
+    return max(kurtosis - normal, 0.0) / blocks

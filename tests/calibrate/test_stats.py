@@ -125,6 +125,11 @@ def test_few_heavy_rows_leave_few_degrees_of_freedom() -> None:
     assert variance_of_mean(spiky).dof < 3
 
 
+def test_rows_that_differ_by_roundings_have_a_variance() -> None:
+    tiny = 1e-106 * np.random.default_rng(5).standard_normal(400)  # its square is no float any more
+    assert variance_of_mean(tiny).dof == pytest.approx(variance_of_mean(1e106 * tiny).dof)
+
+
 def test_the_edges_of_a_variance() -> None:
     assert variance_of_mean(np.ones(9)).variance == 0
     assert variance_of_mean(np.array([1.0])).variance == np.inf
