@@ -94,6 +94,45 @@ def test_the_clocks_and_units_of_a_run(workload: Path, tmp_path: Path, capsys: p
     assert all("1/1000 of the measured" in one["note"] for one in wrong)
 
 
+def test_a_layer_that_differs_without_an_error_is_in_the_note(
+    workload: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    truth = simulate(workload, tmp_path / "truth", "vllm")
+    early = change_times(truth, tmp_path / "early", _50_ms_early, TIMES[:1])
+    unseen = attribute(capsys, early, truth)  # the queue's clock does not see when the client sent
+    steps = Run.open(truth).steps
+    longer = pc.add(
+        steps.column("end_ns"), pc.divide(pc.subtract(steps.column("end_ns"), steps.column("start_ns")), 10)
+    )
+    longer_steps = steps.set_column(steps.schema.get_field_index("end_ns"), steps.schema.field("end_ns"), longer)
+    changed = Run(Run.open(truth).info, {"requests": Run.open(truth).requests, "steps": longer_steps})
+    cancelled = attribute(capsys, changed.write(tmp_path / "longer"), truth)
+    for found, layer in ((unseen, "arrival"), (cancelled, "step times")):
+        assert {one["blamed"] for one in found} == {None}
+        assert all(f"no error seen here is theirs: {layer}" in one["note"] for one in found)
+
+
+def test_step_times_in_another_unit_are_blamed_and_noted(
+    workload: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    truth = simulate(workload, tmp_path / "truth", "vllm")
+    found = attribute(capsys, truth, simulate(workload, tmp_path / "slow", "vllm", slower=1000))
+    assert {one["blamed"] for one in found if one["metric"].endswith("_mean")} == {"step times"}
+    assert all("step times: simulated is about 1000x the measured" in one["note"] for one in found)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_steps_of_two_runs_without_noise(
+    engine: str, workload: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    truth, slow = (simulate(workload, tmp_path / f"{x}", engine, slower=x) for x in (1.0, 1.1))
+    for runs in ((truth, slow), (slow, truth)):
+        capsys.readouterr()
+        assert main(["validate", "step", *map(str, runs), "--json"]) == 0
+        bias = next(check for check in json.loads(capsys.readouterr().out)["checks"] if check["metric"] == "step_bias")
+        assert bias["error"] == pytest.approx(0.1 if runs[1] is slow else 1 / 1.1 - 1, abs=1e-4)
+
+
 def test_without_a_profile_one_line_says_what_to_do(
     workload: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvtwin.calibrate.stats import FloatArray
+from kvtwin.sim.latency.stats import BatchStats, durations_ns
 from kvtwin.traces.run import Run
 from kvtwin.traces.time import NS_PER_MS
 from kvtwin.validate.attribution.evidence import DECIDED, is_doubtful, suspects
@@ -26,6 +27,7 @@ _ENGINE: Final = "step times, host, schedule"  # where the recording has no step
 _ALL: Final = "arrival, step times, host, schedule"  # ... and does not say when requests reached the engine
 MAX_STEPS: Final = 40_000  # recorded layers run in the plain loop, some 50 us a step
 _NEGLIGIBLE: Final = 0.001
+_TIMED: Final = ("arrival", "step times")  # layers whose own evidence is a measurement of theirs alone
 _STATISTICS: Final = ("mean", "p50", "p90")
 
 
@@ -72,8 +74,9 @@ def attribute(
     )
     notes += _missing(layers)
     units = next(filter(None, (unit_note(truth[key], values[0][key]) for key in ("latency_ms", "ttft_ms"))), None)
+    units_of_steps = _units_of_steps(measured, twin)
+    notes += [note for note in (units, units_of_steps) if note is not None]
     if units is not None:
-        notes.append(units)
         suspected = suspected & {"step times"} or {UNITS}
     result = []
     for time in TIMES:
@@ -83,7 +86,16 @@ def attribute(
         for statistic in _STATISTICS if known.any() else ():
             numbers = [_summary(column[known], statistic) for column in chain]
             result.append(_waterfall(name, f"{time}_{statistic}", layers, numbers, suspected, checks, "; ".join(notes)))
-    return _without_trifles(result)
+    return _with_hidden(_without_trifles(result), suspected)
+
+
+def _units_of_steps(measured: Run, twin: Twin) -> str | None:
+    """Requests queue on wrong step times, so that their own times are off by no unit's factor."""
+    if not measured.has("steps"):
+        return None
+    predicted = twin.latency.step_ns(BatchStats.of_steps(measured.steps), 0)
+    note = unit_note(durations_ns(measured.steps).astype(np.float64), predicted.astype(np.float64))
+    return None if note is None else f"step times: {note}"
 
 
 def _waterfall(
@@ -133,6 +145,15 @@ def _without_trifles(found: Sequence[Attribution]) -> list[Attribution]:
         replace(one, blamed=None) if bar < _NEGLIGIBLE and one.blamed in seen else one
         for one, bar in zip(found, bars, strict=True)
     ]
+
+
+def _with_hidden(found: Sequence[Attribution], suspected: set[str]) -> list[Attribution]:
+    """Where nobody is blamed, says who differs nonetheless: errors cancel, or the clock leaves a layer out."""
+    hidden = [layer for layer in _TIMED if layer in suspected]
+    if not hidden or any(one.blamed for one in found):
+        return list(found)
+    note = f"not as recorded, though no error seen here is theirs: {', '.join(hidden)}"
+    return [replace(one, note="; ".join(filter(None, (one.note, note)))) for one in found]
 
 
 def _beginning(measured: Run, twin: Twin) -> tuple[Run, Twin, npt.NDArray[np.bool_], list[str]]:
