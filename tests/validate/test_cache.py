@@ -201,6 +201,14 @@ def test_cut_payloads_get_one_line(cut: int, tmp_path: Path) -> None:
         read_cache_events(path)
 
 
+def test_a_payload_whose_key_is_a_map_gets_one_line(tmp_path: Path) -> None:
+    pytest.importorskip("msgpack")
+    path = tmp_path / "events.bin"
+    path.write_bytes(b"\x92\x01\x91\x81\x81\x01\x02\x03")
+    with pytest.raises(InputError, match="row 1: not a msgpack payload"):
+        read_cache_events(path)
+
+
 @settings(max_examples=200)
 @given(st.binary(min_size=1, max_size=60))
 def test_any_payload_is_a_trace_or_one_line(tmp_path_factory: pytest.TempPathFactory, payload: bytes) -> None:

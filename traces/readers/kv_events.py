@@ -72,7 +72,8 @@ def _read_msgpack(path: Path) -> Iterator[Row]:
                 yield Row(path, number, {"ts": batch[0], "events": batch[1]})
             if end < file.tell():
                 raise InputError("the last payload is cut off", path=path, row=number + 1)
-    except (ValueError, OSError, EOFError, msgpack.UnpackException) as error:
+    # A map whose key is a map or an array is a TypeError.
+    except (ValueError, TypeError, OSError, EOFError, msgpack.UnpackException) as error:
         raise InputError(f"not a msgpack payload ({error})", path=path, row=number + 1) from error
 
 
