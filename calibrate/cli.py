@@ -195,7 +195,7 @@ def _log(args: argparse.Namespace, run: Run) -> Log:
 
 
 def _from_kernels(args: argparse.Namespace) -> Profile:
-    from kvtwin.calibrate.kernels import calibrate_kernels
+    from kvtwin.calibrate.kernels.compose import calibrate_kernels
     from kvtwin.traces.readers.allreduce import read_allreduce
     from kvtwin.traces.readers.llmservingsim_profile import read_kernel_profile
 

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from kvtwin.calibrate.gpus import gpu_spec
-from kvtwin.calibrate.kernels import calibrate_kernels
+from kvtwin.calibrate.kernels.compose import calibrate_kernels
 from kvtwin.calibrate.models import ModelSpec, model_spec
 from kvtwin.calibrate.noise import step_floor
 from kvtwin.calibrate.steps import calibrate_steps

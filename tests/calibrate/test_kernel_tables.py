@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from kvtwin.calibrate.flash_attention import first_unsplit, num_splits, piece_tokens
 from kvtwin.calibrate.gpus import gpu_spec
-from kvtwin.calibrate.kernels import LAUNCH_GAP_US, calibrate_kernels
+from kvtwin.calibrate.kernels.compose import LAUNCH_GAP_US, calibrate_kernels
+from kvtwin.calibrate.kernels.flash_attention import first_unsplit, num_splits, piece_tokens
 from kvtwin.calibrate.models import ModelSpec, custom_model, model_spec
 from kvtwin.sim.latency.composed import ComposedLatency
 from kvtwin.sim.latency.stats import BatchStats

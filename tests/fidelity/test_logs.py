@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import kvtwin.traces
-from kvtwin.calibrate.kernels import calibrate_kernels
+from kvtwin.calibrate.kernels.compose import calibrate_kernels
 from kvtwin.calibrate.logs import Log, calibrate_logs, fit_logs, judge_log
 from kvtwin.calibrate.models import model_spec
 from kvtwin.calibrate.steps import calibrate_steps

@@ -1,0 +1,1 @@
+"""Kernel tables of a whole model -> composed step latency."""

@@ -1,0 +1,128 @@
+"""Hold-out errors of kernel tables, and their noise floor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvtwin.calibrate.accuracy import summarize
+from kvtwin.calibrate.kernels.table import Table, filled, fitted_prefill
+from kvtwin.calibrate.kernels.uneven import first_unsplit_of, slopes_of
+from kvtwin.calibrate.models import ModelSpec
+from kvtwin.calibrate.tables.calibrate import Fitted, fit_samples
+from kvtwin.calibrate.tables.choice import report
+from kvtwin.sim.latency.grid import FloatArray, Grid
+from kvtwin.traces.readers.llmservingsim_profile import KernelProfile
+from kvtwin.traces.readers.optable import plain_samples
+
+
+def kernel_accuracy(kernels: KernelProfile, model: ModelSpec) -> dict[str, Any]:
+    """Hold-out error of each table: whole inner rows (context lengths, chunks, sizes) left out in turn.
+
+    Grids: every second inner value is predicted from a grid without it; never a random cell, which its neighbours of
+    the same row would give away. Prefills and the largest matrix product: as `tables/holdout.py` does it.
+    """
+    attention = Table.of(kernels.attention)
+    decode = attention.where(attention.prefill_chunk == 0)
+    prefill = attention.where(attention.n_decode == 0)
+    mixed = attention.where((attention.prefill_chunk > 0) & (attention.n_decode > 0))
+    shape = [mixed.prefill_chunk, mixed.kv_prefill, mixed.n_decode, mixed.kv_decode]
+    dense = Table.of(kernels.dense)
+    gemm = (
+        dense.where(dense.layer == "gate_up_proj")
+        if "gate_up_proj" in dense.layer
+        else dense.where(dense.layer == "qkv_proj")
+    )
+    samples = {
+        "decode attention, context held out": ([decode.n_decode, decode.kv_decode], decode.time_us, 1),
+        "decode attention, number of decodes held out": ([decode.n_decode, decode.kv_decode], decode.time_us, 0),
+        "mixed attention, context held out": (shape, mixed.time_us, 3),
+        "mixed attention, chunk held out": (shape, mixed.time_us, 0),
+    }
+    found = {
+        name: _held_out(coordinates, times, dimension) for name, (coordinates, times, dimension) in samples.items()
+    }
+    fitted: dict[str, tuple[Fitted, tuple[str, ...]]] = {
+        "prefill attention": (fitted_prefill(prefill, kernels, model), ("prefix", "chunk"))
+    }
+    product = plain_samples("largest GEMM", "tokens", {"num_tokens": gemm.tokens}, gemm.time_us)
+    fitted["largest GEMM"] = (fit_samples(product, None), ("num_tokens",))
+    for name, (one, axes) in fitted.items():
+        for axis in axes:
+            part = report([(one.samples, one.held, one.choice.name)], axis)
+            found[f"{name}, {axis.removeprefix('num_')} held out"] = part or {"n": 0}
+    return found | _uneven_accuracy(kernels, model, attention) | _repeats(kernels, attention)
+
+
+def _held_out(coordinates: Sequence[npt.NDArray[Any]], times: FloatArray, dimension: int) -> dict[str, Any]:
+    values = np.unique(coordinates[dimension])
+    left_out = np.isin(coordinates[dimension], values[1:-1:2])
+    if not left_out.any() or left_out.all():
+        return {"n": 0}
+    grid = filled([axis[~left_out] for axis in coordinates], times[~left_out])
+    predicted = grid(*(axis[left_out] for axis in coordinates))
+    return summarize(times[left_out], predicted, groups=coordinates[dimension][left_out])
+
+
+def _uneven_accuracy(kernels: KernelProfile, model: ModelSpec, attention: Table) -> dict[str, Any]:
+    """Decodes of unequal contexts: slopes fitted without whole batch sizes, or whole short contexts, in turn.
+
+    What equal contexts cost comes from attention.csv, as in the composed step, so its interpolation errors count too.
+    """
+    if kernels.skew is None:
+        return {}
+    skew = Table.of(kernels.skew)
+    pure = skew.where((skew.pc == 0) & (skew.nb < skew.n))
+    pure_decode = attention.where(attention.prefill_chunk == 0)
+    decode = filled([pure_decode.n_decode, pure_decode.kv_decode], pure_decode.time_us)
+    return {
+        f"uneven decode attention, {what} held out": _uneven_held_out(
+            pure, pure.columns[name], decode, first_unsplit_of(kernels, model)
+        )
+        for name, what in (("n", "number of decodes"), ("kvs", "context"))
+    }
+
+
+def _uneven_held_out(pure: Table, axis: npt.NDArray[Any], decode: Grid, split_below: int | None) -> dict[str, Any]:
+    predicted = np.full(len(pure), np.nan)
+    for value in np.unique(axis)[1:-1]:
+        left_out = axis == value
+        slopes = slopes_of(pure.where(~left_out), split_below)
+        if slopes is None:
+            continue
+        rows = pure.where(left_out)
+        longest = np.maximum(rows.kv_big, rows.kvs).astype(np.float64)
+        mean = rows.kvs + (longest - rows.kvs) * rows.nb / rows.n
+        share = np.sqrt(rows.nb / np.maximum(rows.n - rows.nb, 1))
+        slope = slopes(
+            *(np.clip(values, ax[0], ax[-1]) for values, ax in zip((rows.n, share), slopes.axes, strict=True))
+        )
+        predicted[left_out] = decode(rows.n, mean) + np.maximum(slope, 0.0) * (longest - mean)
+    known = ~np.isnan(predicted)
+    return summarize(pure.t_skew_us[known], predicted[known], groups=axis[known])
+
+
+def _repeats(kernels: KernelProfile, attention: Table) -> dict[str, Any]:
+    """Noise floor: shapes that skew.csv measured again (all decodes at its longest context) against attention.csv."""
+    if kernels.skew is None:
+        return {}
+    skew = Table.of(kernels.skew)
+    known = {
+        (int(c), int(p), int(n), int(k)): float(t)
+        for c, p, n, k, t in zip(
+            attention.prefill_chunk, attention.kv_prefill, attention.n_decode, attention.kv_decode, attention.time_us,
+            strict=True,
+        )
+    }  # fmt: skip
+    again = [
+        (float(t), known[shape])
+        for *place, t in zip(skew.pc, skew.kp, skew.n, skew.kv_big, skew.t_max_us, strict=True)
+        if (shape := (int(place[0]), int(place[1]), int(place[2]), int(place[3]))) in known
+    ]
+    if not again:
+        return {}
+    first, second = np.array(again).T
+    return {"attention measured twice (noise floor)": summarize(first, second)}
