@@ -129,12 +129,13 @@ def _diff(args: argparse.Namespace) -> int:
 
 def _from_runs(args: argparse.Namespace) -> Profile:
     """Recordings: their steps, or where they have none (or it is asked for) their requests."""
-    from kvtwin.calibrate import logs, steps
+    from kvtwin.calibrate import logs
+    from kvtwin.calibrate.steps.calibrate import STAGES
     from kvtwin.sim.progress import stage_bar
     from kvtwin.traces.readers import read_run
 
     _refuse_options(args, _KERNEL_OPTIONS, "is for kernel tables (a folder with meta.yaml)")
-    total = len(args.samples) + len(args.test) + max(len(steps.STAGES), len(logs.stages(len(args.samples))))
+    total = len(args.samples) + len(args.test) + max(len(STAGES), len(logs.stages(len(args.samples))))
     with stage_bar(total, "stage") as tell:
 
         def read(path: Path) -> Run:
@@ -150,7 +151,7 @@ def _from_runs(args: argparse.Namespace) -> Profile:
 
 
 def _from_steps(args: argparse.Namespace, runs: list[Run], test: list[Run], tell: Callable[[str], None]) -> Profile:
-    from kvtwin.calibrate.steps import calibrate_steps
+    from kvtwin.calibrate.steps.calibrate import calibrate_steps
 
     _refuse_options(args, ("engine", "workload"), "is for request logs (--from requests)")
     profile = calibrate_steps(runs, test=test, progress=tell)

@@ -11,7 +11,7 @@ import numpy as np
 
 from kvtwin.calibrate.logs import Log, held_out_requests
 from kvtwin.calibrate.stats import relative_errors
-from kvtwin.calibrate.steps import HeldOutSteps, held_out_steps, learning_curve
+from kvtwin.calibrate.steps.holdout import HeldOutSteps, held_out_steps, learning_curve
 from kvtwin.sim.latency.grid import FloatArray
 from kvtwin.sim.latency.profile import Profile
 from kvtwin.sim.latency.stats import REGIMES

@@ -14,7 +14,7 @@ from kvtwin.calibrate.gpus import gpu_spec
 from kvtwin.calibrate.kernels.compose import calibrate_kernels
 from kvtwin.calibrate.models import ModelSpec, model_spec
 from kvtwin.calibrate.noise import step_floor
-from kvtwin.calibrate.steps import calibrate_steps
+from kvtwin.calibrate.steps.calibrate import calibrate_steps
 from kvtwin.sim.engines import EngineConfig, engine_config, simulate_engine
 from kvtwin.sim.latency.profile import Profile, read_profile
 from kvtwin.sim.latency.stats import BatchStats

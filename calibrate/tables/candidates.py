@@ -15,7 +15,7 @@ from typing import Final, Protocol, Self
 
 import numpy as np
 
-from kvtwin.calibrate.steps import NotFittedError
+from kvtwin.calibrate.steps.regression import NotFittedError
 from kvtwin.calibrate.tables.fill import fill_bank, refined
 from kvtwin.calibrate.tables.surface import fit_surface
 from kvtwin.sim.latency.bank import ShapeBank

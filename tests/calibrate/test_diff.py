@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from kvtwin.calibrate.diff import as_text, diff_profiles
-from kvtwin.calibrate.steps import calibrate_steps
+from kvtwin.calibrate.steps.calibrate import calibrate_steps
 from kvtwin.sim.latency.profile import Profile
 from kvtwin.traces.errors import InputError
 from kvtwin.traces.run import Run

@@ -13,7 +13,8 @@ from kvtwin.calibrate.diagnostics import diagnose
 from kvtwin.calibrate.identify import Doubt, find_doubt
 from kvtwin.calibrate.noise import run_floor, step_floor
 from kvtwin.calibrate.robust import fit_nonnegative, fit_with_speeds
-from kvtwin.calibrate.steps import calibrate_steps, held_out_steps, learning_curve
+from kvtwin.calibrate.steps.calibrate import calibrate_steps
+from kvtwin.calibrate.steps.holdout import held_out_steps, learning_curve
 from kvtwin.sim.latency.regression import design
 from kvtwin.sim.latency.stats import BatchStats, durations_ns
 from kvtwin.traces.errors import InputError

@@ -9,7 +9,7 @@ import pytest
 
 import kvtwin.traces
 from kvtwin.calibrate.frontend import fit_frontend, frontend_accuracy
-from kvtwin.calibrate.steps import calibrate_steps
+from kvtwin.calibrate.steps.calibrate import calibrate_steps
 from kvtwin.sim.latency.host import HostTime
 from kvtwin.sim.latency.linear import LinearLatency
 from kvtwin.sim.vllm.config import VllmConfig

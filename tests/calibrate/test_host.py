@@ -10,7 +10,7 @@ import pytest
 
 import kvtwin.traces
 from kvtwin.calibrate.host import fit_host_time, host_accuracy
-from kvtwin.calibrate.steps import calibrate_steps
+from kvtwin.calibrate.steps.calibrate import calibrate_steps
 from kvtwin.sim.latency.host import HostTime
 from kvtwin.traces.run import Run, RunInfo
 from kvtwin.traces.table import from_columns

@@ -14,15 +14,10 @@ import kvtwin.traces
 from kvtwin.calibrate.noise import step_floor
 from kvtwin.calibrate.robust import fit_nonnegative
 from kvtwin.calibrate.stats import mape
-from kvtwin.calibrate.steps import (
-    FEATURE_SETS,
-    MIN_STEPS,
-    STAGES,
-    NotFittedError,
-    StepRegression,
-    calibrate_steps,
-    held_out,
-)
+from kvtwin.calibrate.steps.calibrate import STAGES, calibrate_steps
+from kvtwin.calibrate.steps.holdout import held_out
+from kvtwin.calibrate.steps.regression import FEATURE_SETS, NotFittedError, StepRegression
+from kvtwin.calibrate.steps.samples import MIN_STEPS
 from kvtwin.sim.latency.profile import read_profile
 from kvtwin.sim.latency.regression import FEATURES, RegressionLatency, design
 from kvtwin.sim.latency.stats import REGIMES, BatchStats, durations_ns

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtwin.calibrate.steps import NotFittedError
+from kvtwin.calibrate.steps.regression import NotFittedError
 from kvtwin.calibrate.tables.calibrate import calibrate_tables, fit_samples
 from kvtwin.calibrate.tables.candidates import (
     Corrected,

@@ -11,7 +11,7 @@ import kvtwin.traces
 from kvtwin.calibrate.kernels.compose import calibrate_kernels
 from kvtwin.calibrate.logs import Log, calibrate_logs, fit_logs, judge_log
 from kvtwin.calibrate.models import model_spec
-from kvtwin.calibrate.steps import calibrate_steps
+from kvtwin.calibrate.steps.calibrate import calibrate_steps
 from kvtwin.sim.latency.base import LatencyModel
 from kvtwin.sim.latency.regression import RegressionLatency
 from kvtwin.sim.latency.stats import BatchStats, IntArray
