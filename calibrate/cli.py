@@ -13,7 +13,7 @@ from kvtwin.calibrate.tables import cli as tables
 from kvtwin.traces.errors import InputError
 
 if TYPE_CHECKING:  # the command imports what it needs, so that `kvtwin --help` starts at once
-    from kvtwin.calibrate.logs import Log
+    from kvtwin.calibrate.logs.log import Log
     from kvtwin.calibrate.models import ModelSpec
     from kvtwin.sim.latency.profile import Profile
     from kvtwin.traces.readers.llmservingsim_profile import KernelProfile
@@ -129,13 +129,13 @@ def _diff(args: argparse.Namespace) -> int:
 
 def _from_runs(args: argparse.Namespace) -> Profile:
     """Recordings: their steps, or where they have none (or it is asked for) their requests."""
-    from kvtwin.calibrate import logs
+    from kvtwin.calibrate.logs.calibrate import stages
     from kvtwin.calibrate.steps.calibrate import STAGES
     from kvtwin.sim.progress import stage_bar
     from kvtwin.traces.readers import read_run
 
     _refuse_options(args, _KERNEL_OPTIONS, "is for kernel tables (a folder with meta.yaml)")
-    total = len(args.samples) + len(args.test) + max(len(STAGES), len(logs.stages(len(args.samples))))
+    total = len(args.samples) + len(args.test) + max(len(STAGES), len(stages(len(args.samples))))
     with stage_bar(total, "stage") as tell:
 
         def read(path: Path) -> Run:
@@ -163,7 +163,7 @@ def _from_steps(args: argparse.Namespace, runs: list[Run], test: list[Run], tell
 
 
 def _from_requests(args: argparse.Namespace, logs: list[Log], tell: Callable[[str], None]) -> Profile:
-    from kvtwin.calibrate.logs import calibrate_logs
+    from kvtwin.calibrate.logs.calibrate import calibrate_logs
 
     profile = calibrate_logs(logs, progress=tell)
     if args.plots:
@@ -181,7 +181,7 @@ def _refuse_options(args: argparse.Namespace, names: Sequence[str], reason: str)
 
 def _log(args: argparse.Namespace, run: Run) -> Log:
     """A run as a request log: its engine as recorded, overruled by --engine; its prompts as sent."""
-    from kvtwin.calibrate.logs import Log
+    from kvtwin.calibrate.logs.log import Log
     from kvtwin.sim.vllm.config import read_settings, recorded_settings, vllm_config
     from kvtwin.traces.readers import read_run
     from kvtwin.traces.workload import with_prompts

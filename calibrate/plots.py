@@ -9,7 +9,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from kvtwin.calibrate.logs import Log, held_out_requests
+from kvtwin.calibrate.logs.holdout import held_out_requests
+from kvtwin.calibrate.logs.log import Log
 from kvtwin.calibrate.stats import relative_errors
 from kvtwin.calibrate.steps.holdout import HeldOutSteps, held_out_steps, learning_curve
 from kvtwin.sim.latency.grid import FloatArray

@@ -7,7 +7,10 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 
-from kvtwin.calibrate.logs import GROWTH, MIN_REQUESTS, Log, calibrate_logs, fit_logs, judge_log, stages
+from kvtwin.calibrate.logs.calibrate import calibrate_logs, stages
+from kvtwin.calibrate.logs.fit import GROWTH, MIN_REQUESTS, fit_logs
+from kvtwin.calibrate.logs.holdout import judge_log
+from kvtwin.calibrate.logs.log import Log
 from kvtwin.sim.latency.regression import RegressionLatency
 from kvtwin.sim.latency.stats import BatchStats, IntArray
 from kvtwin.sim.vllm.config import VllmConfig

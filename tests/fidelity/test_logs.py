@@ -9,7 +9,10 @@ import pytest
 
 import kvtwin.traces
 from kvtwin.calibrate.kernels.compose import calibrate_kernels
-from kvtwin.calibrate.logs import Log, calibrate_logs, fit_logs, judge_log
+from kvtwin.calibrate.logs.calibrate import calibrate_logs
+from kvtwin.calibrate.logs.fit import GROWTH, fit_logs
+from kvtwin.calibrate.logs.holdout import judge_log
+from kvtwin.calibrate.logs.log import Log
 from kvtwin.calibrate.models import model_spec
 from kvtwin.calibrate.steps.calibrate import calibrate_steps
 from kvtwin.sim.latency.base import LatencyModel
@@ -69,8 +72,6 @@ def test_the_first_half_of_a_gpu_log_predicts_the_second(shared: Path) -> None:
 
 
 def _features(chosen: str) -> list[tuple[str, ...]]:
-    from kvtwin.calibrate.logs import GROWTH
-
     names = list(GROWTH)
     return [GROWTH[name] for name in names[: names.index(chosen) + 1]]
 
