@@ -59,6 +59,13 @@ REQUESTS: Final = _schema(
             "are all equal (workload.prefix_blocks chains them); the block size is run.json's hash_block_tokens; "
             "the last block may be partial, or have no entry",
         ),
+        _field(
+            "output_block_hashes",
+            pa.list_(pa.uint64()),
+            "",
+            "one id per further block of prompt and output together, from the first that is not whole in the prompt: they "
+            "go on from the prompt's whole blocks as block_hashes does, so that a prompt which quotes the answer has them",
+        ),
     ],
 )
 

@@ -97,10 +97,32 @@ def prefix_nodes(requests: pa.Table) -> list[list[int]]:
     Blocks get numbers as they first appear, so that those which a prompt is the first to have are consecutive. A
     request without hashes gets an empty list.
     """
-    values, counts = _flat(requests.column("block_hashes"))
+    return _nodes(requests.column("block_hashes"))
+
+
+def sequence_nodes(requests: pa.Table, hash_block_tokens: int) -> list[list[int]]:
+    """Like `prefix_nodes`, of prompts and what is known of their outputs (`output_block_hashes`)."""
+    return _nodes(_with_outputs(requests, hash_block_tokens))
+
+
+def _nodes(hashes: pa.ChunkedArray) -> list[list[int]]:
+    values, counts = _flat(hashes)
     names = _name_nodes(values, places(counts)).tolist()
     ends = np.cumsum(counts).tolist()
     return [names[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def _with_outputs(requests: pa.Table, hash_block_tokens: int) -> pa.ChunkedArray:
+    """block_hashes, and where it is known, what the output adds to the prompt's whole blocks."""
+    prompts, outputs = requests.column("block_hashes"), requests.column("output_block_hashes")
+    if outputs.null_count == requests.num_rows:
+        return prompts
+    whole = (requests.column("input_tokens").to_numpy() // hash_block_tokens).tolist()
+    chains = [
+        prompt if output is None else [*(prompt or ())[:num_blocks], *output]
+        for prompt, output, num_blocks in zip(prompts.to_pylist(), outputs.to_pylist(), whole, strict=True)
+    ]
+    return pa.chunked_array([pa.array(chains, prompts.type)])
 
 
 def _flat(column: pa.ChunkedArray) -> tuple[npt.NDArray[np.uint64], IntArray]:

@@ -215,6 +215,14 @@ class HiRadixCache(RadixCache):
         self.observer.prefetch_taken(request.row, num_tokens, operation.hit_tokens)
         return True
 
+    def holds_up(self, request: SglangRequest) -> bool:
+        """Whether the scheduler, if it looked now, would let it wait on for its prefetch."""
+        operation = self._prefetches.get(request.row)
+        if operation is None or self._storage is None:
+            return False
+        self.advance(self._clock.now_ns)
+        return request.row not in self._storage.messages.revoked and not self._may_end(operation)
+
     def _may_end(self, operation: Prefetch) -> bool:
         if self._prefetch.policy == "best_effort" or operation.failed:
             return True

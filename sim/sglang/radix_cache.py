@@ -98,7 +98,6 @@ class RadixCache:
         """Its prompt and all outputs it may ever have, as a key: lengths say how much of it is meant."""
         known = self._prompts.get(request.row)
         if known is None or known[0] is not request.prompt_runs:
-            outputs = (request.output_base, request.max_new_tokens + 1)
-            known = request.prompt_runs, merge_runs([*request.prompt_runs, outputs])
+            known = request.prompt_runs, merge_runs([*request.prompt_runs, *request.output_runs])
             self._prompts[request.row] = known
         return known[1]

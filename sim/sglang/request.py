@@ -13,7 +13,7 @@ class SglangRequest:
     Attributes:
         row: its row in the run's requests table; its name in every log.
         prompt_runs: the prompt's token ids as (first id, length) runs of consecutive ids.
-        output_base: id of its first output token; output k is `output_base + k`, shared with nobody.
+        output_runs: the same of its output tokens, and of one more.
         max_new_tokens: output tokens after which it finishes, as clipped at arrival.
         priority: as sent; the configuration says whether high or low numbers go first.
         queue_entry: rank of its latest entry into the waiting queue (`wait_queue_entry_time`).
@@ -42,7 +42,7 @@ class SglangRequest:
     num_prompt_tokens: int
     max_new_tokens: int
     prompt_runs: tuple[tuple[int, int], ...]
-    output_base: int
+    output_runs: tuple[tuple[int, int], ...]
     priority: int = 0
     queue_entry: int = 0
     num_outputs: int = 0
@@ -73,16 +73,18 @@ class SglangRequest:
         return self.num_prompt_tokens + self.num_outputs
 
     def runs(self, num_tokens: int) -> list[tuple[int, int]]:
-        """The first `num_tokens` of prompt and known outputs, as (first id, length) runs."""
+        """The first `num_tokens` of prompt and outputs, as (first id, length) runs, none of which continues another."""
         runs: list[tuple[int, int]] = []
         left = num_tokens
-        for first, length in self.prompt_runs:
+        for first, length in (*self.prompt_runs, *self.output_runs):
             if left <= 0:
-                return runs
-            runs.append((first, min(length, left)))
-            left -= length
-        if left > 0:
-            runs.append((self.output_base, left))
+                break
+            taken = min(length, left)
+            if runs and sum(runs[-1]) == first:
+                runs[-1] = runs[-1][0], runs[-1][1] + taken
+            else:
+                runs.append((first, taken))
+            left -= taken
         return runs
 
     def reset_for_retract(self) -> None:

@@ -21,11 +21,11 @@ from kvtwin.sim.sglang.hi_cache import HiRadixCache
 from kvtwin.sim.sglang.pool import KvPool
 from kvtwin.sim.sglang.record import Recorder
 from kvtwin.sim.sglang.request import SglangRequest
-from kvtwin.sim.sglang.runs import merge_runs
+from kvtwin.sim.sglang.runs import cut, merge_runs
 from kvtwin.sim.sglang.scheduler import SglangScheduler
 from kvtwin.traces.errors import InputError
 from kvtwin.traces.run import Run, RunInfo
-from kvtwin.traces.workload import prefix_nodes
+from kvtwin.traces.workload import sequence_nodes
 
 
 def simulate_sglang(
@@ -117,25 +117,25 @@ def build_requests(workload: Run, config: SglangConfig) -> list[SglangRequest]:
     table = workload.requests
     columns = [table.column(name).to_pylist() for name in ("arrival_ns", "input_tokens", "output_tokens", "priority")]
     block_tokens = workload.info.hash_block_tokens or 0
-    nodes = prefix_nodes(table) if block_tokens else [[] for _ in range(table.num_rows)]
+    nodes = sequence_nodes(table, block_tokens) if block_tokens else [[] for _ in range(table.num_rows)]
+    is_answered = table.column("output_block_hashes").is_valid().to_pylist()
     unused = block_tokens * (1 + max((max(chain) for chain in nodes if chain), default=-1))
     unset = unset_priority(config)
     requests = []
     for row, (arrival_ns, prompt, output, priority) in enumerate(zip(*columns, strict=True)):
         _refuse_too_long(prompt, output, config, workload, row)
-        runs, left = [], prompt
-        for node in nodes[row]:
-            runs.append((node * block_tokens, min(block_tokens, left)))
-            left -= runs[-1][1]
-        runs.append((unused, left))
+        known_end = min(block_tokens * len(nodes[row]), prompt + output if is_answered[row] else prompt)
+        known = cut(merge_runs([(node * block_tokens, block_tokens) for node in nodes[row]]), 0, known_end)
+        left = max(prompt - known_end, 0)
+        own_outputs = unused + left + 1, prompt + output + 1 - max(known_end, prompt)
         requests.append(
             SglangRequest(
                 row=row,
                 arrival_ns=arrival_ns,
                 num_prompt_tokens=prompt,
                 max_new_tokens=output,
-                prompt_runs=merge_runs(runs),
-                output_base=unused + left + 1,
+                prompt_runs=merge_runs([*cut(known, 0, prompt), (unused, left)]),
+                output_runs=merge_runs([*cut(known, prompt, known_end), own_outputs]),
                 priority=unset if priority is None else priority,
             )
         )

@@ -102,7 +102,7 @@ class RequestDriver:
         if length + 2 * pool.page_size * (self._window + 2) > pool.size:
             return [row, length, -1, -1, 0, [], cache.evictable_size(), cache.protected_size(), pool.available, []]
         priority = (row * 7919) % 3 if self._by_priority else 0
-        request = SglangRequest(row, 0, length, 4, given.runs, -(row + 1) * 8, priority)
+        request = SglangRequest(row, 0, length, 4, given.runs, ((-(row + 1) * 8, 5),), priority)
         finished = []
         while len(self._alive) >= self._window:
             finished.append(self._finish())

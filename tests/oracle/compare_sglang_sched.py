@@ -77,7 +77,7 @@ def case_requests(case: Case, config: SglangConfig) -> tuple[list[CaseRequest], 
             num_prompt_tokens=request.input_length,
             max_new_tokens=min(request.output_length, config.max_req_len - request.input_length - 1),
             prompt_runs=request.runs,
-            output_base=OUTPUT_BASE + row * OUTPUTS_PER_REQUEST,
+            output_runs=((OUTPUT_BASE + row * OUTPUTS_PER_REQUEST, OUTPUTS_PER_REQUEST),),
             priority=unset if request.priority is None else request.priority,
         )
         for row, request in enumerate(kept)

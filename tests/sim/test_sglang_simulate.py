@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
+
 import numpy as np
 
 from kvtwin.sim.latency.host import HostTime
@@ -34,11 +37,36 @@ def test_equal_prefixes_are_equal_runs_and_outputs_are_nobody_elses() -> None:
     assert a.runs(65)[-1] != b.runs(65)[-1]
     taken: set[int] = set()
     for request in (a, b, c):
-        own = range(request.output_base, request.output_base + request.max_new_tokens + 1)
+        own = _tokens(request.output_runs)
+        assert len(own) == request.max_new_tokens + 1
         assert taken.isdisjoint(own)
         taken.update(own)
-    prompts = {first + place for r in (a, b, c) for first, length in r.prompt_runs for place in range(length)}
-    assert taken.isdisjoint(prompts)
+    assert taken.isdisjoint(_tokens([run for request in (a, b, c) for run in request.prompt_runs]))
+
+
+def _tokens(runs: Iterable[tuple[int, int]]) -> set[int]:
+    return {first + place for first, length in runs for place in range(length)}
+
+
+def test_a_prompt_that_quotes_an_answer_has_its_tokens() -> None:
+    """40 tokens and their answer of 30 are two blocks of 32 and six tokens; the next prompt goes on from there."""
+    columns = {
+        "request_id": ["a", "b"],
+        "arrival_ns": [0, 10_000_000_000],
+        "input_tokens": [40, 90],
+        "output_tokens": [30, 4],
+        "block_hashes": [[7, 8], [7, 9, 10]],
+        "output_block_hashes": [[9], None],
+    }
+    run = Run(RunInfo("workload", hash_block_tokens=32), {"requests": from_columns("requests", columns, "a turn")})
+    first, second = build_requests(run, CONFIG)
+    assert first.runs(64) == second.runs(64) == [(0, 64)]
+    assert _tokens(first.runs(70)[1:]).isdisjoint(_tokens(second.runs(94)))
+    cached = {
+        version: simulate_sglang(run, replace(CONFIG, version=version), LATENCY).requests.column("cached_tokens")
+        for version in ("0.5.6", "0.5.9")
+    }
+    assert [column.to_pylist() for column in cached.values()] == [[0, 32], [0, 64]]
 
 
 def test_the_shared_prefix_is_found_in_whole_pages() -> None:

@@ -57,7 +57,7 @@ def test_recording(read: Callable[[str], Run]) -> None:
 
 _QUEUES = {"waiting_ns", "prefetch_ns", "running_ns", "swapped_ns"}
 _LEVELS = {"cached_host_tokens", "cached_storage_tokens"}
-_UNKNOWN = {"instance", "session_id", "parent_id", "slo_class"} | _QUEUES | _LEVELS
+_UNKNOWN = {"instance", "session_id", "parent_id", "slo_class", "output_block_hashes"} | _QUEUES | _LEVELS
 
 
 def test_llmservingsim_run_aligns_its_two_clocks_to_the_nanosecond(read: Callable[[str], Run]) -> None:

@@ -10,8 +10,7 @@ requests, or 0 for those of the decode before; a decode's cached tokens follow f
 finishes are those of the requests that end with it. Free blocks are pages available or evictable.
 
 The prompts are not in the log: `sglang_workloads` makes them anew from `case`. Where they cannot be (a Mooncake trace that
-is not below $ORACLE_TRACES), `block_hashes` is null. Prompts that continue an earlier answer are known as such only by
-their tokens: a Run has no place for the ids of output tokens, so that a replay takes them for new ones.
+is not below $ORACLE_TRACES), `block_hashes` is null. Where prompts quote answers, `output_block_hashes` says so.
 """
 
 from __future__ import annotations
@@ -25,7 +24,13 @@ from typing import Any, Final
 import numpy as np
 
 from kvtwin.traces.errors import InputError
-from kvtwin.traces.readers.sglang_workloads import CaseRequest, make_workload
+from kvtwin.traces.readers.sglang_workloads import (
+    OUTPUT_BASE,
+    OUTPUTS_PER_REQUEST,
+    CaseRequest,
+    Runs,
+    make_workload,
+)
 from kvtwin.traces.readers.text import MAX_TIME_NS, MAX_TOKENS, provenance, read_lines
 from kvtwin.traces.run import Run, RunInfo
 from kvtwin.traces.table import from_columns
@@ -56,10 +61,17 @@ def read(path: Path) -> Run:
     settings = engine_settings(log.case, log.version, path)
     requests = log.requests()
     prompts = _prompts(log, requests["_src"], requests["input_tokens"])
-    block_tokens = None if prompts is None else _block_tokens(prompts)
-    if prompts is not None and block_tokens is not None:
-        requests["block_hashes"] = [_blocks(prompt, block_tokens) for prompt in prompts]
+    block_tokens = None
+    if prompts is not None:
+        quotes = any(first >= OUTPUT_BASE for prompt in prompts for first, _ in prompt.runs)
+        block_tokens = _block_tokens(prompts, quotes_outputs=quotes)
+        requests["block_hashes"] = [_blocks(prompt.runs, block_tokens) for prompt in prompts]
         requests["priority"] = [prompt.priority for prompt in prompts]
+        if quotes:
+            requests["output_block_hashes"] = [
+                _blocks(((OUTPUT_BASE + row * OUTPUTS_PER_REQUEST, prompt.output_length),), block_tokens)
+                for row, prompt in enumerate(prompts)
+            ]
     info = RunInfo(
         "recorded",
         engine=f"sglang {log.version}",
@@ -266,13 +278,12 @@ def _is_bounded(workload: Mapping[str, Any], num_requests: int) -> bool:
     return bool(math.prod(counts) <= _MAX_SHARE * (num_requests + 100))
 
 
-def _block_tokens(prompts: list[CaseRequest]) -> int:
-    """The largest block that no prompt's run of tokens ends within, but for a prompt's last."""
-    return math.gcd(*(length for prompt in prompts for _, length in prompt.runs[:-1])) or _MAX_LENGTH
+def _block_tokens(prompts: list[CaseRequest], *, quotes_outputs: bool) -> int:
+    """The largest block that no run of tokens ends within, but for the last of a prompt, or of the answer behind it."""
+    ends = None if quotes_outputs else -1
+    return math.gcd(*(length for prompt in prompts for _, length in prompt.runs[:ends])) or _MAX_LENGTH
 
 
-def _blocks(prompt: CaseRequest, block_tokens: int) -> Any:
+def _blocks(runs: Runs, block_tokens: int) -> Any:
     """The id of the first token of each block: it names the block, as blocks lie within runs of consecutive ids."""
-    return np.concatenate(
-        [np.arange(first, first + length, block_tokens, dtype=np.uint64) for first, length in prompt.runs]
-    )
+    return np.concatenate([np.arange(first, first + length, block_tokens, dtype=np.uint64) for first, length in runs])

@@ -28,10 +28,10 @@ def write_csv(run: Run, path: str | os.PathLike[str]) -> int:
         name for name in table.column_names if table.num_rows and table.column(name).null_count == table.num_rows
     ]
     table = table.drop_columns(unknown)
-    if "block_hashes" in table.column_names:
-        hashes = table.column("block_hashes").cast(pa.list_(pa.string()))
-        place = table.column_names.index("block_hashes")
-        table = table.set_column(place, "block_hashes", pc.binary_join(hashes, " "))
+    for place, field in enumerate(table.schema):
+        if pa.types.is_list(field.type):
+            hashes = table.column(place).cast(pa.list_(pa.string()))
+            table = table.set_column(place, field.name, pc.binary_join(hashes, " "))
     with replacing(path) as stream:
         csv.write_csv(table, stream)
     return int(table.num_rows)

@@ -51,8 +51,11 @@ class ReplayEngine(Protocol):
     blocks: bool
     """Whether schedule() may wait for transfers: a recorded sched_ns is then its end, and it began as soon as it could."""
 
-    def add(self, row: int, time_ns: int) -> None:
-        """A request has reached the engine."""
+    turns_idle: bool
+    """Whether schedule() is called once more before an idle engine waits for an arrival."""
+
+    def add(self, row: int, time_ns: int, now_ns: int) -> None:
+        """A request that has reached the engine at `time_ns` is taken in by its loop, now."""
 
     def schedule(self, times: StepTimes) -> bool:
         """Call the scheduler; whether it formed a batch."""
@@ -64,8 +67,12 @@ class ReplayEngine(Protocol):
     def is_idle(self) -> bool:
         """Whether no request waits or runs."""
 
+    @property
+    def is_held_up(self) -> bool:
+        """Whether requests wait, and schedule() can admit none of them now."""
+
     def next_event_ns(self) -> int | None:
-        """When the next transfer ends, if nothing runs and something waits for it; else None."""
+        """When the next transfer ends, if nothing runs and something waits; now, if a call is due without one; else None."""
 
     def run(self) -> Run:
         """What was decided."""
@@ -192,26 +199,33 @@ class _Loop:
                 update_ns = self._in_flight[0].update_ns
                 may_try = not self._call(StepTimes(self._now_ns, update_ns, update_ns, update_ns))
             self._update()
-        self._wait_until(times.sched_ns)
-        self._now_ns = max(self._now_ns, self._called_ns(times.sched_ns))
-        self._call(replace(times, sched_ns=min(times.sched_ns, self._now_ns)))
+        if not self._wait(times):
+            if not self._engine.blocks:
+                self._now_ns = max(self._now_ns, times.sched_ns)
+            self._call(replace(times, sched_ns=min(times.sched_ns, self._now_ns)))
         self._now_ns = max(self._now_ns, times.sched_ns)
 
-    def _called_ns(self, sched_ns: int) -> int:
-        """When a call began of which the recording shows the end, if it may have waited for transfers."""
-        if not self._engine.blocks:
-            return sched_ns
-        return min(sched_ns, self._coming[0][1]) if self._coming and self._engine.is_idle else self._now_ns
+    def _wait(self, times: StepTimes) -> bool:
+        """Until a recorded call, an engine that waits for transfers looks again whenever one ends, or a request comes.
 
-    def _wait_until(self, time_ns: int) -> None:
-        """An engine that waits for transfers looks again whenever one ends, or a request comes."""
-        while not self._in_flight and (event_ns := self._engine.next_event_ns()) is not None:
+        Returns:
+            Whether it formed a batch meanwhile, which takes the place of the recorded one.
+        """
+        while not self._in_flight:
+            event_ns = self._engine.next_event_ns()
+            if event_ns is None and not self._engine.is_idle:
+                return False
+            events_ns = [] if event_ns is None else [event_ns]
             if self._coming:
-                event_ns = min(event_ns, max(self._coming[0][1], self._now_ns + 1))
-            if event_ns >= time_ns:
-                return
-            self._now_ns = event_ns
-            self._call(StepTimes(event_ns, event_ns, time_ns, time_ns))
+                events_ns.append(max(self._coming[0][1], self._now_ns))
+            if not events_ns or min(events_ns) >= times.sched_ns + self._engine.blocks:
+                return False
+            self._now_ns = min(events_ns)
+            self._add_arrived()
+            may_look = self._now_ns == event_ns or self._engine.is_held_up
+            if may_look and self._call(replace(times, sched_ns=self._now_ns)):
+                return True
+        return False
 
     def take_missing(self, following: StepTimes, is_last: bool) -> None:
         """A schedule() call that the recording lacks, some time before the step that follows."""
@@ -237,12 +251,13 @@ class _Loop:
         self._now_ns = max(self._now_ns, self._in_flight.popleft().update_ns)
         self._engine.update(self._now_ns)
         has_come = self._coming and self._coming[0][1] <= self._now_ns
-        if not self._in_flight and not has_come and self._engine.is_idle:
+        may_turn = self._engine.turns_idle and not self._in_flight and not has_come
+        if may_turn and (self._engine.is_idle or self._engine.is_held_up):
             self._call(StepTimes(self._now_ns, self._now_ns, self._now_ns, self._now_ns))
 
     def _add_arrived(self) -> None:
         while self._coming and self._coming[0][1] <= self._now_ns:
-            self._engine.add(*self._coming.popleft())
+            self._engine.add(*self._coming.popleft(), self._now_ns)
 
 
 def _drive(engine: ReplayEngine, measured: Run, slots: Slots, begun: Sequence[int], notes: Sequence[str]) -> Run:

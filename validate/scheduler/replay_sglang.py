@@ -26,7 +26,7 @@ class SglangReplay:
     """
 
     def __init__(self, measured: Run, config: SglangConfig, *, turns_idle: bool = True) -> None:
-        self._measured, self._config, self._turns_idle = measured, config, turns_idle
+        self._measured, self._config, self.turns_idle = measured, config, turns_idle
         self.depth = 1 if config.disable_overlap_schedule else 2
         # write_back copies what is evicted to the host before the batch is formed, while requests arrive.
         writes_back = config.enable_hierarchical_cache and config.hicache_write_policy == "write_back"
@@ -43,18 +43,20 @@ class SglangReplay:
         """What had to be assumed: a divergence that follows from it is not the scheduler's."""
         notes = []
         if not self._config.disable_radix_cache:
-            if self._measured.requests.column("block_hashes").null_count:
+            requests = self._measured.requests
+            if requests.column("block_hashes").null_count:
                 notes.append("block_hashes are not recorded: a prompt without them shares no prefix with another")
-            if self._config.rules.caches_outputs:
-                notes.append("ids of output tokens are not recorded: a prompt that continues an answer misses it")
+            if requests.column("output_block_hashes").null_count:
+                notes.append("output_block_hashes are not recorded: a prompt that continues an answer misses it")
         if self._config.hicache_storage_backend:
             notes.append(
                 "when the engine looked at its prefetches between two steps is not recorded: at every transfer's end"
             )
         return tuple(notes)
 
-    def add(self, row: int, time_ns: int) -> None:
+    def add(self, row: int, time_ns: int, now_ns: int) -> None:
         """See `ReplayEngine`."""
+        self._clock.advance(now_ns)
         self._recorder.arrived(self._requests[row], time_ns)
         self._scheduler.add(self._requests[row])
 
@@ -80,7 +82,15 @@ class SglangReplay:
     @property
     def is_idle(self) -> bool:
         """See `ReplayEngine`."""
-        return self._turns_idle and not self._scheduler.waiting and not self._runs
+        return not self._scheduler.waiting and not self._runs
+
+    @property
+    def is_held_up(self) -> bool:
+        """See `ReplayEngine`: by prefetches from storage."""
+        scheduler = self._scheduler
+        if self._runs or not scheduler.waiting or not self._config.hicache_storage_backend:
+            return False
+        return all(scheduler.cache.holds_up(request) for request in scheduler.waiting)
 
     @property
     def _runs(self) -> bool:
@@ -90,7 +100,11 @@ class SglangReplay:
 
     def next_event_ns(self) -> int | None:
         """See `ReplayEngine`."""
-        if not self._config.enable_hierarchical_cache or self._runs or not self._scheduler.waiting:
+        if self._runs or not self._scheduler.waiting:
+            return None
+        if self._scheduler.batch_is_full and not self._config.enable_priority_scheduling:
+            return self._clock.now_ns  # the loop's next turn only finds that the full batch has ended
+        if not self._config.enable_hierarchical_cache:
             return None
         event_ns: int | None = self._scheduler.cache.next_event_ns()
         return event_ns if event_ns is not None and event_ns > self._clock.now_ns else None

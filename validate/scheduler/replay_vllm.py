@@ -37,6 +37,7 @@ class VllmReplay:
         self._scheduler = VllmScheduler(config, self._book, _pool(config))
         if hits is not None:
             self._scheduler.kv = RecordedHits(self._scheduler.kv, hits[self._rows])
+        self.turns_idle = True
         self._times, self._log = RequestTimes(len(self._book)), StepLog()
         self._in_flight: deque[tuple[StepPlan, StepTimes]] = deque()
 
@@ -69,7 +70,7 @@ class VllmReplay:
                 if recorded[row] is not None and recorded[row] <= now_ns:
                     times[self._place[row]] = recorded[row]
 
-    def add(self, row: int, time_ns: int) -> None:
+    def add(self, row: int, time_ns: int, now_ns: int) -> None:  # noqa: ARG002 - it takes no time of its own
         """See `ReplayEngine`."""
         self._times.queued[self._place[row]] = time_ns
         self._scheduler.waiting.append(self._place[row])
@@ -110,6 +111,11 @@ class VllmReplay:
     def is_idle(self) -> bool:
         """See `ReplayEngine`."""
         return not self._scheduler.has_unfinished
+
+    @property
+    def is_held_up(self) -> bool:
+        """See `ReplayEngine`: the recording shows every call that matters."""
+        return False
 
     def next_event_ns(self) -> int | None:
         """See `ReplayEngine`: no transfers."""
