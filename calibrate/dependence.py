@@ -22,21 +22,23 @@ _BLOCKS_PER_WAVE: Final = 3
 
 @dataclass(frozen=True, slots=True)
 class MeanVariance:
-    """What a sample says of the variance of its mean.
+    """What a sample says of how its mean varies.
 
     Attributes:
         variance: of the mean.
         dof: Student's degrees of freedom of that variance.
         rows: how many independent rows would tell as much; at most those there are.
+        skewness: of the mean: positive where few large rows carry it.
     """
 
     variance: float
     dof: float
     rows: float
+    skewness: float = 0.0
 
 
 def variance_of_mean(series: FloatArray, *, independent: bool = False) -> MeanVariance:
-    """The variance of the mean of `series`, shape (n,), rows in the order in which they depend on one another.
+    """How the mean of `series`, shape (n,), varies; rows in the order in which they depend on one another.
 
     1. An AR(1) is taken out, so that what is left is nearly flat (Andrews & Monahan 1992). Its coefficient is the
        correlation of neighbours, corrected for its bias (1 + 3 rho) / n (Kendall 1954) and bounded by 0 and
@@ -47,6 +49,7 @@ def variance_of_mean(series: FloatArray, *, independent: bool = False) -> MeanVa
     3. Each of the three estimates has a relative variance: 2 / B of the coefficients, excess kurtosis / n where few
        rows carry the sum (of 3 B blocks, so that a burst counts as one), and 4 (1 + rho) / ((1 - rho) n) of the
        AR(1). The degrees of freedom are 2 / their sum (Satterthwaite 1946).
+    4. The skewness is that of the same blocks, divided by the root of their number.
 
     Args:
         series: the rows.
@@ -59,21 +62,62 @@ def variance_of_mean(series: FloatArray, *, independent: bool = False) -> MeanVa
     n = len(series)
     if n < 2:
         return MeanVariance(np.inf, 1.0, float(n))
-    centred = series - series.mean()
-    square = float(centred @ centred)
-    if square == 0:
+    slow = _SlowPart.of(series, independent=independent)
+    if slow is None:
         return MeanVariance(0.0, np.inf, float(n))
-    if independent or n < _FEW_ROWS:
-        rho, rest, waves = 0.0, centred, n - 1
-    else:
-        rho = _neighbours(centred, square)
-        rest = centred[1:] - rho * centred[:-1]
-        rest -= rest.mean()
-        waves = min(max(_LEAST_WAVES, int(_WAVES * len(rest) ** (2 / 3))), len(rest) - 1)
-    level = _level_at_zero(rest, waves) / (1 - rho) ** 2
-    doubt = 2 / waves + _heavy_tails(rest, waves) + (4 * (1 + rho) / ((1 - rho) * n) if rho else 0.0)
-    rows = min(float(n), square / level) if level > 0 else float(n)
-    return MeanVariance(level / n, max(2 / doubt, 1.0), rows)
+    rho, waves = slow.rho, len(slow.waves)
+    level = float(np.mean(slow.waves**2))
+    tails, skewness = _shape_of_sums(slow.rest, waves)
+    doubt = 2 / waves + tails + (4 * (1 + rho) / ((1 - rho) * n) if rho else 0.0)
+    rows = min(float(n), n * float(np.var(series)) / level) if level > 0 else float(n)
+    return MeanVariance(level / n, max(2 / doubt, 1.0), rows, skewness)
+
+
+def slow_correlation(one: FloatArray, other: FloatArray) -> float:
+    """Correlation of what two columns of the same rows do over long stretches: of their first cosine coefficients.
+
+    Positive where the one is high in those parts of a run in which the other is; 0 where either is constant.
+    """
+    parts = [_SlowPart.of(series) for series in (one, other)]
+    if any(part is None or not part.waves.any() for part in parts):
+        return 0.0
+    first, second = (part.waves / np.linalg.norm(part.waves) for part in parts if part is not None)
+    return float(first @ second)
+
+
+@dataclass(frozen=True, slots=True)
+class _SlowPart:
+    """A series seen from afar.
+
+    Attributes:
+        rho: of the AR(1) that was taken out.
+        rest: what it leaves.
+        waves: the first cosine coefficients of the series, the mean left out; their mean square is the spectrum at 0.
+    """
+
+    rho: float
+    rest: FloatArray
+    waves: FloatArray
+
+    @classmethod
+    def of(cls, series: FloatArray, *, independent: bool = False) -> _SlowPart | None:
+        """None where all rows are alike."""
+        from scipy.fft import dct
+
+        n = len(series)
+        centred = series - series.mean()
+        square = float(centred @ centred)
+        if square == 0:
+            return None
+        if independent or n < _FEW_ROWS:
+            rho, rest, waves = 0.0, centred, n - 1
+        else:
+            rho = _neighbours(centred, square)
+            rest = centred[1:] - rho * centred[:-1]
+            rest -= rest.mean()
+            waves = min(max(_LEAST_WAVES, int(_WAVES * len(rest) ** (2 / 3))), len(rest) - 1)
+        found: FloatArray = dct(rest, type=2, norm="ortho")[1 : waves + 1]  # orthonormal
+        return cls(rho, rest, found / (1 - rho))
 
 
 def correlation_of_neighbours(series: FloatArray) -> float:
@@ -89,21 +133,20 @@ def _neighbours(centred: FloatArray, square: float) -> float:
     return float(np.clip(rho + (1 + 3 * rho) / n, 0.0, 1 - 1 / np.sqrt(n)))
 
 
-def _level_at_zero(rest: FloatArray, waves: int) -> float:
-    """Mean square of the first `waves` coefficients of the orthonormal cosine transform, the mean left out."""
-    from scipy.fft import dct
+def _shape_of_sums(rest: FloatArray, waves: int) -> tuple[float, float]:
+    """What the sums of blocks are like.
 
-    return float(np.mean(dct(rest, type=2, norm="ortho")[1 : waves + 1] ** 2))
-
-
-def _heavy_tails(rest: FloatArray, waves: int) -> float:
-    """Excess kurtosis of the sums of blocks, over their number: what it adds to the variance of a variance."""
+    Returns:
+        Their excess kurtosis over their number, which is what it adds to the relative variance of a variance, and the
+        skewness of their mean.
+    """
     blocks = min(_BLOCKS_PER_WAVE * waves, len(rest))
     sums = np.add.reduceat(rest, np.linspace(0, len(rest), blocks, endpoint=False).astype(np.int64))
     sums -= sums.mean()
     variance = float(np.mean(sums**2))
-    if blocks < 2 or variance == 0:
-        return 0.0
+    if blocks < 3 or variance == 0:
+        return 0.0, 0.0
+    unit = sums / np.sqrt(variance)  # variance**2 may be too small for a float
     normal = 3 * (blocks - 1) / (blocks + 1)  # what so many normal blocks show on average
-    kurtosis = float(np.mean((sums / np.sqrt(variance)) ** 4))  # variance**2 may be too small for a float
-    return max(kurtosis - normal, 0.0) / blocks
+    tails = max(float(np.mean(unit**4)) - normal, 0.0) / blocks
+    return tails, float(np.mean(unit**3)) * float(np.sqrt(blocks - 1)) / (blocks - 2)

@@ -7,6 +7,9 @@ One method gives every interval. A statistic is told by its *influence*: how muc
 one number per row (Hampel 1974; the infinitesimal jackknife). Their mean varies as the statistic does, so the variance
 is that of a mean over rows that depend on their neighbours (`dependence`), and the interval is Student's on the
 logarithm, where a ratio cannot become negative. Nothing is drawn: the same rows give the same interval.
+
+Two things make an interval lopsided. A mean that few rows carry is skewed (`around`). And the errors of requests that
+wait for one another hang on how busy the run was, of which a short run says little (`Statistic.stretch`).
 """
 
 from __future__ import annotations
@@ -18,7 +21,12 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from kvtwin.calibrate.dependence import MeanVariance, correlation_of_neighbours, variance_of_mean
+from kvtwin.calibrate.dependence import (
+    MeanVariance,
+    correlation_of_neighbours,
+    slow_correlation,
+    variance_of_mean,
+)
 from kvtwin.traces import rng
 
 FloatArray = npt.NDArray[np.float64]
@@ -38,7 +46,8 @@ class Statistic:
             another (arrival, time).
         num_rows: how many of them the value rests on.
         is_error: whether the value is `level` - 1.
-        spread: how much larger the variance is than the influence shows.
+        spread: how much larger the variance is than the influence shows; None for a mean.
+        sizes: what each row measured, shape (n,), where the value is an error of these rows; else None.
     """
 
     value: float
@@ -46,12 +55,33 @@ class Statistic:
     influence: FloatArray
     num_rows: int
     is_error: bool
-    spread: float = 1.0
+    spread: float | None = None
+    sizes: FloatArray | None = None
 
     def variance(self, *, independent: bool = False) -> MeanVariance:
-        """Of the logarithm of `level`."""
+        """Of the logarithm of `level`; a quantile is not skewed, for no row pulls at it by more than its place."""
         found = variance_of_mean(self.influence, independent=independent)
-        return MeanVariance(found.variance * self.spread, found.dof, found.rows)
+        return found if self.spread is None else MeanVariance(found.variance * self.spread, found.dof, found.rows)
+
+    def stretch(self) -> tuple[float, float]:
+        """By what the two sides of the interval are longer, because errors may hang on the load.
+
+        Where a request waits for those before it, busy spells are long, few and unequal, and most short runs lack the
+        worst of them (Whitt 1989, "Planning queueing simulations"): such a run shows errors that are too small *and*
+        vary too little, so that what misses, misses on that side. The side towards busier runs is therefore longer
+        by 2 |r| (1 - m / n): r says how the influence follows the sizes over long stretches (`slow_correlation`), m
+        how many independent sizes there are. Where sizes do not depend on their neighbours, nothing changes; where
+        errors do not hang on them, r is small, and longer on one side covers at most 97.5 %.
+        """
+        if self.sizes is None:
+            return 1.0, 1.0
+        towards = slow_correlation(self.influence, self.sizes)
+        longer = 1 + _LONGER * abs(towards) * (1 - self.sizes_known() / len(self.sizes))
+        return (longer, 1.0) if towards < 0 else (1.0, longer)
+
+    def sizes_known(self) -> float:
+        """As many independent sizes as there are."""
+        return variance_of_mean(self.sizes).rows if self.sizes is not None else float(len(self.influence))
 
 
 Interval = tuple[float, float]
@@ -63,6 +93,8 @@ _WIDTH: Final = 2.0  # of a quantile's window, in standard deviations of its ran
 _INDEPENDENT_ROWS: Final = 16  # what the window holds at least where the variance is taken
 _WIDER: Final = 1.1
 _FEW: Final = 20  # independent rows
+_LONGER: Final = 2.0
+_STRAIGHT: Final = 1e-6  # a skewness that bends nothing, but would be divided by
 
 
 def relative_error(measured: float, simulated: float) -> float:
@@ -215,7 +247,14 @@ def interval(statistic: Statistic, *, independent: bool = False) -> Interval | N
     """
     if statistic.num_rows < _MIN_ROWS or not np.isfinite(statistic.value):
         return None
-    return around(statistic.level, statistic.variance(independent=independent), statistic.value, statistic.is_error)
+    found = statistic.variance(independent=independent)
+    plain, longer = (
+        around(statistic.level, found, statistic.value, statistic.is_error, stretch)
+        for stretch in ((1.0, 1.0), statistic.stretch())
+    )
+    # Load makes an error larger or smaller; it does not turn it round.
+    turned = plain is not None and longer is not None and plain[0] * plain[1] > 0 > longer[0] * longer[1]
+    return plain if turned else longer
 
 
 def ratio_interval(measured: Statistic, simulated: Statistic) -> Interval | None:
@@ -233,23 +272,46 @@ def ratio_interval(measured: Statistic, simulated: Statistic) -> Interval | None
     return around(simulated.level / measured.level, together, value, is_error=True)
 
 
-def around(level: float, found: MeanVariance, value: float, is_error: bool) -> Interval | None:
-    """Student's interval about log(level), which holds `value` too: a smooth estimate can lie well off a quantile."""
+def around(
+    level: float, found: MeanVariance, value: float, is_error: bool, stretch: tuple[float, float] = (1.0, 1.0)
+) -> Interval | None:
+    """Student's interval about log(level), which holds `value` too: a smooth estimate can lie well off a quantile.
+
+    The ends of Student's t are bent by the skewness g of the mean: t becomes ((1 + g (t - g/6))^(1/3) - 1) / (g/3)
+    (Willink 2005, "A confidence interval and test for the mean of an asymmetric distribution"; the skewness adjustment
+    of Skart, Tafazzoli et al. 2011, for the means of simulated queues).
+
+    Args:
+        level, value, is_error: see `Statistic`.
+        found: how the logarithm of `level` varies.
+        stretch: by what the lower and the upper side are longer.
+    """
     from scipy.special import stdtrit  # lighter than scipy.stats, and the same function
 
     if found.variance == 0 or not level > 0:
         return (value, value)
-    half = float(stdtrit(found.dof, (1 + CONFIDENCE) / 2)) * float(np.sqrt(found.variance))
-    if not half < _SAYS_NOTHING:
+    t = float(stdtrit(found.dof, (1 + CONFIDENCE) / 2))
+    error = float(np.sqrt(found.variance))
+    below, above = (
+        longer * error * _bent(side * t, found.skewness) for side, longer in zip((1, -1), stretch, strict=True)
+    )
+    if not max(below, -above) < _SAYS_NOTHING:
         return None
-    low, high = (level * float(np.exp(side * half)) - is_error for side in (-1, 1))
+    low, high = (level * float(np.exp(-half)) - is_error for half in (below, above))
     return (min(low, value), max(high, value))
+
+
+def _bent(t: float, skewness: float) -> float:
+    if abs(skewness) < _STRAIGHT:
+        return t
+    return float(np.cbrt(1 + skewness * (t - skewness / 6)) - 1) / (skewness / 3)
 
 
 def describe(statistic: Statistic, rows: str) -> str:
     """How much its rows (called `rows`) tell, and whether that is too little for the interval to be trusted."""
     # Rows that the value does not rest on (other regimes) pull at nothing, but are there: the share is that of all.
-    independent = statistic.num_rows * statistic.variance().rows / len(statistic.influence)
+    known = min(statistic.variance().rows, statistic.sizes_known())
+    independent = statistic.num_rows * known / len(statistic.influence)
     few = ": the interval may be too narrow" if independent < _FEW else ""
     return f"{statistic.num_rows} {rows}, as good as {independent:.0f} independent ones{few}"
 

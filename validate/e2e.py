@@ -6,7 +6,7 @@ Both are Runs, so the same code compares two recordings, two versions, or anothe
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 import numpy as np
@@ -229,6 +229,7 @@ def _time_findings(pair: _Pair, time: str, known: Rows) -> dict[str, _Finding]:
         **{name: stats.quantile_ratio(measured, simulated, q) for name, q in QUANTILES.items()},
         "mape": stats.mean(sizes, positive),
     }
+    statistics = {name: replace(statistic, sizes=measured) for name, statistic in statistics.items()}
     repeats = [side.times[time] for side in pair.repeats]
     complete = np.isfinite(repeats).all(axis=0)
     repeats = [values[complete] for values in repeats]

@@ -12,23 +12,24 @@ from typing import Final
 import numpy as np
 
 from kvtwin.calibrate import stats
-from kvtwin.calibrate.dependence import MeanVariance, variance_of_mean
+from kvtwin.calibrate.dependence import MeanVariance, correlation_of_neighbours, variance_of_mean
 from kvtwin.calibrate.stats import FloatArray, Interval
 
 _MIN_REQUESTS: Final = 5
 _PART: Final = 4  # the variogram is taken at a quarter of the run, and at an eighth of that
 _FRACTION: Final = 8
-_GROWS: Final = 0.5
-_DOF: Final = 10.0
+_GROWS: Final = 0.4
+_STARTS: Final = 8  # an eighth of the run is left to the lag to come to where it returns to
+_END_DOF: Final = 10.0
 
 
 def lag_interval(start: FloatArray, measured_finish: FloatArray, simulated_finish: FloatArray) -> Interval | None:
     """The 95 % interval of the throughputs' ratio - 1: span of the measured run over span of the simulated one, less 1.
 
-    Where a run is saturated, D is a random walk: its increments tell the variance, as the rows of any mean do. Where
-    both keep up, D returns to its mean, its end is one draw from it, and its increments all but cancel. Which of the
-    two it is, the variogram E (D_{i+h} - D_i)^2 of the lag about its straight line tells: it grows as h^1 for a walk
-    and as h^0 for a lag that returns. Below h^0.5 the variance of D_n is half the variogram, extrapolated to h = n.
+    Where a run is saturated, D wanders: its increments tell the variance, as the rows of any mean do. Where both keep
+    up, D returns to where it was, its end is one draw from it, and its increments all but cancel. Which of the two it
+    is, the variogram E (D_{i+h} - D_i)^2 of the lag about its straight line tells: it grows as h^1 for a walk and as
+    h^0 for a lag that returns; the line between them is drawn at h^0.4.
 
     Args:
         start: when each request starts, in the order of starting; any one unit.
@@ -44,18 +45,50 @@ def lag_interval(start: FloatArray, measured_finish: FloatArray, simulated_finis
     spans = [float(end[-1]) for end in ends]
     if min(spans) <= 0:
         return None
-    value = spans[0] / spans[1] - 1
     # Each arrival's pull at log(span / span'): the increments of both, relative to what they add up to.
     shares = [np.diff(end, prepend=0.0) / span for end, span in zip(ends, spans, strict=True)]
     pull = shares[0] - shares[1]
-    grows, end_variance = _variogram(np.cumsum(pull))
-    if grows:
-        return stats.around(1 + value, variance_of_mean(n * pull), value, is_error=True)
-    return stats.around(1 + value, MeanVariance(end_variance, _DOF, float(n)), value, is_error=True)
+    wanders, end_variance = _variogram(np.cumsum(pull))
+    lag = (ends[0] - ends[1]) / spans[1]
+    if not wanders:
+        return _returning(lag[n // _STARTS :])
+    value = float(lag[-1])
+    return stats.around(1 + value, _wandering(n * pull, end_variance), value, is_error=True)
+
+
+def _returning(lag: FloatArray) -> Interval:
+    """What is left of the last lag when the place to which it returns is taken off, anywhere within 95 % of its rows.
+
+    They are as few independent draws as their correlation says, k: the ends are moved out by Student's t over the
+    normal's, and by sqrt(1 + 1 / k) for a draw to come (a prediction interval).
+    """
+    from scipy.special import ndtri, stdtrit
+
+    rho = float(np.clip(correlation_of_neighbours(lag), 0.0, 1 - 1 / np.sqrt(len(lag))))
+    draws = max(len(lag) * (1 - rho) / (1 + rho), 1.0)
+    upper = (1 + stats.CONFIDENCE) / 2
+    longer = float(stdtrit(draws, upper) / ndtri(upper)) * float(np.sqrt(1 + 1 / draws))
+    low, middle, high = np.quantile(lag, [1 - upper, 0.5, upper])
+    value = float(lag[-1])
+    ends = [value - float(middle + longer * (end - middle)) for end in (high, low)]
+    return min(ends[0], value), max(ends[1], value)
+
+
+def _wandering(pull: FloatArray, end_variance: float) -> MeanVariance:
+    """How the mean of all pulls varies: as their sum wanders, and as its end is one draw from what lies on top."""
+    walk = variance_of_mean(pull)
+    both = walk.variance + end_variance
+    if both == 0:
+        return walk
+    dof = both**2 / (walk.variance**2 / walk.dof + end_variance**2 / _END_DOF)  # Satterthwaite 1946
+    return MeanVariance(both, dof, walk.rows, walk.skewness * (walk.variance / both) ** 1.5)
 
 
 def _variogram(lag: FloatArray) -> tuple[bool, float]:
-    """Whether the lag (about its straight line) wanders, and its variance at the run's end if it does not."""
+    """Whether the lag (about its straight line) wanders, and the variance of what lies on top of a walk.
+
+    The variogram of a walk and something that returns is 2 c + s h; c is the variance of the latter.
+    """
     n = len(lag)
     far = max(n // _PART, 1)
     near = max(far // _FRACTION, 1)
@@ -65,5 +98,5 @@ def _variogram(lag: FloatArray) -> tuple[bool, float]:
     at_far, at_near = (float(np.mean((lag[step:] - lag[:-step]) ** 2)) / (1 - step / n) for step in (far, near))
     if at_far == 0 or at_near == 0:
         return at_far > 0, 0.0
-    exponent = np.clip(np.log(at_far / at_near) / np.log(far / near), 0.0, 1.0)
-    return bool(exponent > _GROWS), at_far * float((n / far) ** exponent) / 2
+    exponent = np.log(at_far / at_near) / np.log(far / near)
+    return bool(exponent > _GROWS), max(at_near - near / far * at_far, 0.0) / (2 * (1 - near / far))
