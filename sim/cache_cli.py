@@ -21,7 +21,8 @@ def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
         "cache",
         help="hit rate of a prefix cache against capacity and policy, without an engine",
         description="Send WORKLOAD's prompts through SGLang's radix cache at each capacity under each policy. Beside "
-        "them: an LRU block cache at every capacity in one pass (stack distances), and Belady's optimum, the bound.",
+        "them: an LRU cache of single pages, and Belady's optimum, the bound. All keep whole pages of one size. "
+        "A prompt longer than the radix cache passes it by.",
     )
     parser.add_argument("workload", type=Path, help="a run or trace whose requests carry block hashes")
     parser.add_argument(
@@ -29,12 +30,17 @@ def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
         type=int,
         nargs="+",
         metavar="TOKENS",
-        help="cache sizes in tokens (default: 1, 2, 5, 10, 20, 50 and 100 %% of the workload's distinct blocks)",
+        help="cache sizes in tokens (default: 1, 2, 5, 10, 20, 50 and 100 %% of the workload's distinct pages)",
     )
     parser.add_argument(
         "--policy", nargs="+", metavar="NAME", help="lru, lfu, fifo, mru, filo, priority, slru (default: all)"
     )
-    parser.add_argument("--page-size", type=int, default=64, metavar="TOKENS", help="tokens per page (default: 64)")
+    parser.add_argument(
+        "--page-size", type=int, metavar="TOKENS", help="tokens per page (default: 64, or a hash block if that is less)"
+    )
+    parser.add_argument(
+        "--hash-block-tokens", type=int, metavar="N", help="tokens per block hash, where the format leaves it open"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.set_defaults(run=_run)
 
@@ -47,15 +53,16 @@ def _run(args: argparse.Namespace) -> int:
     policies = args.policy or list(EVICTION_POLICIES)
     for policy in policies:
         eviction_policy(policy)
-    prompts = prompts_of(read_run(args.workload))
-    capacities = args.capacity or _default_capacities(prompts)
+    prompts = prompts_of(read_run(args.workload, hash_block_tokens=args.hash_block_tokens), args.page_size)
+    page_size = prompts.page_size
+    capacities = args.capacity or sorted({max(page_size, int(share * prompts.distinct_tokens)) for share in _SHARES})
     for capacity in capacities:
-        if capacity < max(args.page_size, prompts.block_tokens):
-            raise InputError(f"--capacity {capacity}: at least a page and a hash block ({prompts.block_tokens} tokens)")
+        if capacity < page_size:
+            raise InputError(f"--capacity {capacity}: at least a page ({page_size} tokens) expected")
     rows = []
     for capacity, bounds in zip(capacities, _bounds(prompts, capacities), strict=True):
         for policy in policies:
-            result = replay(prompts.keys, capacity, policy, args.page_size)
+            result = replay(prompts.keys, capacity, policy, page_size)
             rows.append({
                 "capacity_tokens": capacity, "policy": policy, "hit_rate": result.hit_rate,
                 "hit_tokens": result.hit_tokens, "evicted_tokens": result.evicted_tokens,
@@ -63,27 +70,24 @@ def _run(args: argparse.Namespace) -> int:
             })  # fmt: skip
     if args.json:
         document = {
-            "requests": len(prompts.keys), "input_tokens": prompts.input_tokens, "page_size": args.page_size,
-            "block_tokens": prompts.block_tokens, "results": rows,
+            "requests": len(prompts.keys), "input_tokens": prompts.input_tokens, "page_size": page_size, "results": rows,
         }  # fmt: skip
         print(json.dumps(document, allow_nan=False))
         return 0
-    print(f"{'capacity':>14} {'policy':>9} {'hit rate':>9} {'LRU blocks':>11} {'Belady':>8} {'evictions':>10}")
+    print(f"{len(prompts.keys):,} prompts of {prompts.input_tokens:,} tokens, pages of {page_size}")
+    print(
+        f"{'capacity':>14} {'policy':>9} {'hit rate':>9} {'LRU pages':>11} {'Belady':>8} {'evictions':>10} {'passed by':>10}"
+    )
     for row in rows:
         print(
-            f"{row['capacity_tokens']:14,} {row['policy']:>9} {row['hit_rate']:9.2%} {row['lru_block_hit_rate']:11.2%} "
-            f"{row['belady_hit_rate']:8.2%} {row['num_evictions']:10,}"
+            f"{row['capacity_tokens']:14,} {row['policy']:>9} {row['hit_rate']:9.2%} {row['lru_page_hit_rate']:11.2%} "
+            f"{row['belady_hit_rate']:8.2%} {row['num_evictions']:10,} {row['num_uncached']:10,}"
         )
     return 0
 
 
-def _default_capacities(prompts: Prompts) -> list[int]:
-    distinct = len({block for chain in prompts.blocks for block in chain}) * prompts.block_tokens
-    return sorted({max(prompts.block_tokens, int(share * distinct)) for share in _SHARES})
-
-
 def _bounds(prompts: Prompts, capacities: list[int]) -> list[dict[str, Any]]:
-    """Hit rates of an LRU block cache and of Belady's optimum at each capacity."""
+    """Hit rates of an LRU cache of pages and of Belady's optimum at each capacity."""
     import numpy as np
 
     from kvtwin.sim.cache_replay import belady_hits, lru_curve
@@ -92,10 +96,10 @@ def _bounds(prompts: Prompts, capacities: list[int]) -> list[dict[str, Any]]:
     total = prompts.input_tokens
     bounds = []
     for capacity in capacities:
-        blocks = capacity // prompts.block_tokens
-        reached = int(np.searchsorted(steps, blocks, side="right"))
+        pages = capacity // prompts.page_size
+        reached = int(np.searchsorted(steps, pages, side="right"))
         bounds.append({
-            "lru_block_hit_rate": int(hits[reached - 1]) / total if reached else 0.0,
-            "belady_hit_rate": belady_hits(prompts, blocks) / total,
+            "lru_page_hit_rate": int(hits[reached - 1]) / total if reached else 0.0,
+            "belady_hit_rate": belady_hits(prompts, pages) / total,
         })  # fmt: skip
     return bounds

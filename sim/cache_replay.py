@@ -3,10 +3,10 @@
 Three ways to look at one workload:
 
 * `replay`: SGLang's radix tree of one capacity under any eviction policy, request after request.
-* `lru_curve`: an LRU block cache of every capacity at once, by stack distances (Mattson et al., 1970).
-* `belady_hits`: what no block cache of a capacity can exceed (Belady, 1966), whatever it knows of the future.
+* `lru_curve`: an LRU page cache of every capacity at once, by stack distances (Mattson et al., 1970).
+* `belady_hits`: what no page cache of a capacity can exceed (Belady, 1966), whatever it knows of the future.
 
-The last two count whole hash blocks; a prompt's last and shorter block takes the place of a whole one.
+All three cache whole pages of one size: a prompt's last and shorter page is never found.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -24,9 +25,11 @@ from kvtwin.sim.sglang.radix_tree import RadixTree, TreeNode
 from kvtwin.sim.sglang.runs import Runs, merge_runs, num_tokens
 from kvtwin.traces.errors import InputError
 from kvtwin.traces.run import Run
-from kvtwin.traces.workload import prefix_nodes
+from kvtwin.traces.workload import prefix_blocks, prefix_nodes
 
 IntArray = npt.NDArray[np.int64]
+
+_PAGE_SIZE: Final = 64
 
 
 @dataclass(frozen=True)
@@ -35,41 +38,52 @@ class Prompts:
 
     Attributes:
         keys: each prompt as runs of token ids.
-        blocks: each prompt as the names of its hash blocks.
-        last_tokens: tokens in each prompt's last block.
-        block_tokens: tokens of every other block.
+        pages: each prompt as names of blocks, equal where the prompts are up to there, and how many pages each holds.
+        page_size: tokens per page.
     """
 
     keys: list[Runs]
-    blocks: list[list[int]]
-    last_tokens: list[int]
-    block_tokens: int
+    pages: list[list[tuple[int, int]]]
+    page_size: int
 
     @property
     def input_tokens(self) -> int:
         """Tokens of all prompts."""
         return sum(num_tokens(key) for key in self.keys)
 
+    @property
+    def distinct_tokens(self) -> int:
+        """Tokens of all different pages: a cache of that size drops nothing."""
+        return self.page_size * sum({block: pages for chain in self.pages for block, pages in chain}.values())
 
-def prompts_of(workload: Run) -> Prompts:
+
+def prompts_of(workload: Run, page_size: int | None = None) -> Prompts:
     """The prompts of a workload whose requests carry block hashes.
 
+    Args:
+        workload: run with hash_block_tokens.
+        page_size: tokens per page of the cache; None for 64, or a hash block where that is smaller.
+
     Raises:
-        InputError: it has none.
+        InputError: it has none, or a page size below 1.
     """
     block_tokens = workload.info.hash_block_tokens
     if not block_tokens or workload.requests.column("block_hashes").null_count == workload.requests.num_rows:
         raise InputError("no block hashes: the workload does not say which prompts begin alike", path=workload.path)
-    blocks = prefix_nodes(workload.requests)
-    keys, last_tokens = [], []
-    for chain, length in zip(blocks, workload.requests.column("input_tokens").to_pylist(), strict=True):
-        last = length - block_tokens * (len(chain) - 1) if chain else 0
-        runs = [(block * block_tokens, block_tokens) for block in chain]
-        if runs:
-            runs[-1] = (runs[-1][0], min(last, block_tokens))
-        keys.append(merge_runs(runs))
-        last_tokens.append(min(last, block_tokens))
-    return Prompts(keys, blocks, last_tokens, block_tokens)
+    page_size = min(_PAGE_SIZE, block_tokens) if page_size is None else page_size
+    if page_size < 1:
+        raise InputError(f"--page-size {page_size}: a token at least")
+    keys, pages = [], []
+    lengths = workload.requests.column("input_tokens").to_pylist()
+    for chain, length in zip(prefix_nodes(workload.requests), lengths, strict=True):
+        left = [min(block_tokens, length - place * block_tokens) for place in range(len(chain))]
+        keys.append(merge_runs((block * block_tokens, tokens) for block, tokens in zip(chain, left, strict=True)))
+        whole = [(block, tokens // page_size) for block, tokens in zip(chain, left, strict=True) if tokens >= page_size]
+        pages.append(whole)
+    if block_tokens % page_size:
+        chains = prefix_blocks(workload.requests, block_tokens, page_size)
+        pages = [[(page, 1) for page in chain.tolist()] for chain in chains]
+    return Prompts(keys, pages, page_size)
 
 
 @dataclass(slots=True)
@@ -109,7 +123,7 @@ class _Evictions(CacheObserver):
 
 
 def replay(
-    keys: Sequence[Runs], capacity_tokens: int, policy: str | EvictionKey = "lru", page_size: int = 64
+    keys: Sequence[Runs], capacity_tokens: int, policy: str | EvictionKey = "lru", page_size: int = _PAGE_SIZE
 ) -> ReplayResult:
     """Send prompts through a radix tree, one at a time, each kept whole.
 
@@ -150,41 +164,42 @@ def replay(
 
 
 def lru_curve(prompts: Prompts) -> tuple[IntArray, IntArray]:
-    """Hits of an LRU block cache at every capacity, in one pass.
+    """Hits of an LRU page cache at every capacity, in one pass.
 
-    A prompt's blocks are touched from its end to its beginning, so that a block never outlives one before it, and
-    what is found is always a prefix.
+    A prompt's pages are touched from its end to its beginning, so that a page never outlives one before it, and what is
+    found is always a prefix. Pages of one block are always touched together: each block is one entry of that many pages.
 
     Returns:
-        Capacities in blocks (ascending, those at which hits rise) and the hit tokens at each.
+        Capacities in pages (ascending, those at which hits rise) and the hit tokens at each.
     """
-    num_accesses = sum(len(chain) for chain in prompts.blocks)
-    # A Fenwick tree over access times marks the latest access of every block.
-    marks = [0] * (num_accesses + 1)
-    latest: dict[int, int] = {}
-    hits: dict[int, int] = {}
-    time = 0
-    for chain, last in zip(prompts.blocks, prompts.last_tokens, strict=True):
-        distances = []
+    # A Fenwick tree over touches holds, at the latest of each block, its pages.
+    marks = [0] * (sum(len(chain) for chain in prompts.pages) + 1)
+    latest: dict[int, tuple[int, int]] = {}  # by block: its latest touch, and its pages then
+    found: dict[int, int] = {}
+    time = num_marked = 0
+    for chain in prompts.pages:
         # All of a prompt is looked up before any of it is touched.
-        num_marked = len(latest)
-        for place, block in enumerate(chain):
-            seen = latest.get(block)
-            if seen is None:
+        for block, pages in chain:
+            touch, held = latest.get(block, (0, 0))
+            if not held:
                 break
-            # Blocks touched since its last touch (those of this prompt before it among them), and itself.
-            distances.append(num_marked - _count(marks, seen) + 1)
-            hits_tokens = last if place == len(chain) - 1 else prompts.block_tokens
-            hits[distances[-1]] = hits.get(distances[-1], 0) + hits_tokens
-        for block in reversed(chain):
-            seen = latest.get(block)
-            if seen is not None:
-                _add(marks, seen, -1)
+            # Pages touched since this block was (those of this prompt before it among them), then its own.
+            newer = num_marked - _count(marks, touch)
+            for distance in range(newer + 1, newer + 1 + min(held, pages)):
+                found[distance] = found.get(distance, 0) + 1
+            if held < pages:
+                break
+        for block, pages in reversed(chain):
+            touch, held = latest.get(block, (0, 0))
+            if held:
+                _add(marks, touch, -held)
             time += 1
-            latest[block] = time
-            _add(marks, time, 1)
-    capacities = np.array(sorted(hits), dtype=np.int64)
-    return capacities, np.cumsum([hits[int(capacity)] for capacity in capacities], dtype=np.int64)
+            latest[block] = time, pages
+            _add(marks, time, pages)
+            num_marked += pages - held
+    capacities = np.array(sorted(found), dtype=np.int64)
+    hits = prompts.page_size * np.cumsum([found[int(capacity)] for capacity in capacities], dtype=np.int64)
+    return capacities, hits
 
 
 def _add(marks: list[int], place: int, amount: int) -> None:
@@ -201,34 +216,37 @@ def _count(marks: list[int], place: int) -> int:
     return total
 
 
-def belady_hits(prompts: Prompts, capacity_blocks: int) -> int:
-    """Most tokens that a cache of `capacity_blocks` could have found: the block needed last goes first.
+def belady_hits(prompts: Prompts, num_pages: int) -> int:
+    """Most tokens that a cache of `num_pages` could have found: the page needed last goes first.
 
-    It may refuse blocks, drop a block but keep those after it, and counts every block that it holds: a bound for any
+    It may refuse pages, drop a page but keep those after it, and counts every page that it holds: a bound for any
     policy, prefix cache or not.
     """
-    accesses = [block for chain in prompts.blocks for block in chain]
-    num_accesses = len(accesses)
-    next_use = [num_accesses] * num_accesses
+    accesses = [block for chain in prompts.pages for block, _ in chain]
+    never = len(accesses)
+    next_use = [never] * never
     upcoming: dict[int, int] = {}
-    for place in range(num_accesses - 1, -1, -1):
-        next_use[place] = upcoming.get(accesses[place], num_accesses)
+    for place in range(never - 1, -1, -1):
+        next_use[place] = upcoming.get(accesses[place], never)
         upcoming[accesses[place]] = place
-    held: dict[int, int] = {}
+    held: dict[int, tuple[int, int]] = {}  # by block: its next use, and how many of its pages are held
     furthest: list[tuple[int, int]] = []
-    hit_tokens = place = 0
-    for chain, last in zip(prompts.blocks, prompts.last_tokens, strict=True):
-        for rank, block in enumerate(chain):
-            use = next_use[place]
-            place += 1
-            if block in held:
-                hit_tokens += last if rank == len(chain) - 1 else prompts.block_tokens
-            elif use == num_accesses:
+    num_hits = num_held = 0
+    for use, (block, pages) in zip(next_use, (entry for chain in prompts.pages for entry in chain), strict=True):
+        _, before = held.get(block, (0, 0))
+        num_hits += min(before, pages)
+        if not before and use == never:
+            continue
+        held[block] = use, pages
+        num_held += pages - before
+        heapq.heappush(furthest, (-use, block))
+        while num_held > num_pages:
+            use, block = heapq.heappop(furthest)
+            if held.get(block, (0, 0))[0] != -use:
                 continue
-            held[block] = use
-            heapq.heappush(furthest, (-use, block))
-            while len(held) > capacity_blocks:
-                use, block = heapq.heappop(furthest)
-                if held.get(block) == -use:
-                    del held[block]
-    return hit_tokens
+            kept = max(0, held[block][1] - (num_held - num_pages))
+            num_held -= held.pop(block)[1] - kept
+            if kept:
+                held[block] = -use, kept
+                heapq.heappush(furthest, (use, block))
+    return prompts.page_size * num_hits

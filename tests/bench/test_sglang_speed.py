@@ -15,6 +15,7 @@ from kvtwin.sim.latency.linear import LinearLatency
 from kvtwin.sim.sglang.config import SglangConfig
 from kvtwin.sim.sglang.simulate import simulate_sglang
 from kvtwin.traces.readers import read_run
+from kvtwin.traces.readers.mooncake import HASH_BLOCK_TOKENS
 from kvtwin.traces.run import Run
 
 LATENCY = LinearLatency(8_000_000, 30_000, 15, 12_000)
@@ -55,10 +56,12 @@ def lru_hits(prompts: Prompts, num_blocks: int) -> int:
     """Tokens that a plain LRU dictionary of blocks finds: about the least that a replay in Python can do."""
     held: OrderedDict[int, None] = OrderedDict()
     hits = 0
-    for chain, last in zip(prompts.blocks, prompts.last_tokens, strict=True):
-        found = next((place for place, block in enumerate(chain) if block not in held), len(chain))
-        hits += found * prompts.block_tokens - (prompts.block_tokens - last if found and found == len(chain) else 0)
-        for block in reversed(chain):
+    for chain in prompts.pages:
+        for block, pages in chain:
+            if block not in held:
+                break
+            hits += pages * prompts.page_size
+        for block, _ in reversed(chain):
             held[block] = None
             held.move_to_end(block)
         while len(held) > num_blocks:
@@ -80,7 +83,7 @@ def test_cache_replay_of_mooncake(benchmark: BenchmarkFixture, conversation: Run
 
     def find() -> int:
         if policy == "a dictionary":
-            return lru_hits(prompts, CAPACITY_TOKENS // prompts.block_tokens)
+            return lru_hits(prompts, CAPACITY_TOKENS // HASH_BLOCK_TOKENS)
         return replay(prompts.keys, CAPACITY_TOKENS, policy).hit_tokens
 
     hit_tokens = benchmark.pedantic(once, rounds=3)

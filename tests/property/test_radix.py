@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvtwin.sim.cache_replay import Prompts, belady_hits, lru_curve, replay
+from kvtwin.sim.cache_replay import belady_hits, lru_curve, prompts_of, replay
 from kvtwin.sim.links import LinkTimes
 from kvtwin.sim.sglang.clock import Clock
 from kvtwin.sim.sglang.eviction import EVICTION_POLICIES
@@ -18,6 +18,9 @@ from kvtwin.sim.sglang.radix_tree import RadixTree, TreeNode
 from kvtwin.sim.sglang.runs import Runs, cut, merge_runs, num_tokens
 from kvtwin.sim.sglang.storage import StorageThreads
 from kvtwin.sim.sglang.storage_index import StorageLimit
+from kvtwin.traces.run import Run, RunInfo
+from kvtwin.traces.table import from_columns
+from kvtwin.traces.workload import prefix_blocks
 
 # Few ids and short runs, so that prompts share beginnings and part in the middle of runs.
 RUNS = st.lists(st.tuples(st.integers(0, 12), st.integers(1, 6)), min_size=1, max_size=5).map(merge_runs)
@@ -112,37 +115,47 @@ def test_the_kept_queue_evicts_as_a_fresh_ranking_does(page_size: int, policy: s
 CHAINS = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=5), max_size=25)
 
 
-def prompts_from(chains: list[list[int]]) -> Prompts:
-    """Blocks of 4 tokens, named by all blocks up to them."""
-    names: dict[tuple[int, ...], int] = {}
-    blocks = [[names.setdefault(tuple(chain[: end + 1]), len(names)) for end in range(len(chain))] for chain in chains]
-    keys = [merge_runs((block * 4, 4) for block in chain) for chain in blocks]
-    return Prompts(keys, blocks, [4] * len(blocks), 4)
+def workload_from(chains: list[list[int]], last_tokens: int) -> Run:
+    """Blocks of 12 tokens; the last one of each prompt is shorter, and its own if it is not whole."""
+    names = [[*chain[:-1], chain[-1] + 4 * (12 - last_tokens)] for chain in chains]
+    columns = {
+        "request_id": [str(row) for row in range(len(chains))],
+        "arrival_ns": list(range(len(chains))),
+        "input_tokens": [12 * (len(chain) - 1) + last_tokens for chain in chains],
+        "output_tokens": [1] * len(chains),
+        "block_hashes": names,
+    }
+    return Run(RunInfo("workload", hash_block_tokens=12), {"requests": from_columns("requests", columns, "chains")})
 
 
-@settings(max_examples=200, deadline=None)
-@given(CHAINS, st.integers(1, 12))
+@settings(max_examples=300, deadline=None)
+@given(CHAINS.filter(bool), st.integers(1, 12), st.sampled_from([1, 3, 4, 5, 12, 18]), st.integers(1, 12))
 def test_one_pass_counts_what_an_lru_of_that_size_finds_and_belady_bounds_it(
-    chains: list[list[int]], capacity: int
+    chains: list[list[int]], capacity: int, page_size: int, last_tokens: int
 ) -> None:
-    prompts = prompts_from(chains)
+    """Pages within blocks, pages that blocks end within, and pages of several blocks."""
+    run = workload_from(chains, last_tokens)
+    prompts = prompts_of(run, page_size)
     held: list[int] = []
     hits = 0
-    for chain in prompts.blocks:
-        for block in chain:
-            if block not in held:
+    for chain in prefix_blocks(run.requests, 12, page_size):
+        for page in chain.tolist():
+            if page not in held:
                 break
-            hits += 4
-        for block in reversed(chain):
-            if block in held:
-                held.remove(block)
-            held.append(block)
+            hits += page_size
+        for page in reversed(chain.tolist()):
+            if page in held:
+                held.remove(page)
+            held.append(page)
             del held[:-capacity]
     capacities, curve = lru_curve(prompts)
     reached = [int(total) for size, total in zip(capacities, curve, strict=True) if size <= capacity]
     assert (reached[-1] if reached else 0) == hits
     assert hits <= belady_hits(prompts, capacity)
-    assert replay(prompts.keys, 4 * capacity, "lru", 4).hit_tokens <= belady_hits(prompts, capacity)
+    found = replay(prompts.keys, page_size * capacity, "lru", page_size).hit_tokens
+    assert found <= belady_hits(prompts, capacity)
+    if capacity * page_size >= prompts.distinct_tokens:
+        assert found == hits == belady_hits(prompts, capacity)
 
 
 @settings(max_examples=200, deadline=None)

@@ -77,6 +77,14 @@ SGLANG_LOG: list[Any] = [
     ["R", 1, 1, 60, 10, 3, 100, 300, 500, 4, 1],
     {"type": "summary", "status": "ok"},
 ]
+TAIR: Rows = [
+    {"component": "cache_manager", "type": "GetCacheLocation", "trigger_time_us": 10, "keys": [1, -2, 3], "block_mask": 1},
+    {"component": "cache_manager", "type": "GetCacheLocation", "trigger_time_us": 11, "keys": [1, -2, 4]},
+    {"component": "cache_manager", "type": "StartWriteCache", "trigger_time_us": 12, "keys": [1, -2, 5, 6],
+     "write_session_id": "a"},
+    {"component": "cache_manager", "type": "FinishWriteCache", "trigger_time_us": 13, "write_session_id": "a",
+     "success_block": 4},
+]  # fmt: skip
 AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
 2023-11-16 18:15:59.9999999,374,44
 2023-11-16 18:16:00.0000001,396,109
@@ -158,6 +166,7 @@ SAMPLES: Mapping[str, Sample] = {
     "llmservingsim_workload": lambda folder: write_jsonl(folder / "workload.jsonl", WORKLOAD),
     "sglang_log": lambda folder: write_jsonl(folder / "sglang.jsonl", SGLANG_LOG),
     "mooncake": lambda folder: write_jsonl(folder / "mooncake.jsonl", MOONCAKE),
+    "tair": lambda folder: write_jsonl(folder / "tair.jsonl", TAIR),
     "azure2023": make_azure,
     "vllm_bench": lambda folder: write_text(folder / "bench.json", json.dumps(VLLM_BENCH)),
     "llmservingsim_requests": lambda folder: write_text(folder / "llmservingsim.csv", LLMSERVINGSIM),

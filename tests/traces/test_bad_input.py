@@ -25,6 +25,7 @@ Samples = Mapping[str, Callable[[Path], Path]]
 JSONL = {
     "kvtwin_jsonl": [("", ["request_id", "arrival_s", "input_length", "output_length"])],
     "mooncake": [("", ["timestamp", "input_length", "output_length", "hash_ids"])],
+    "tair": [("", ["trigger_time_us", "keys"])],
     "llmservingsim_workload": [("", ["input_toks", "output_toks", "arrival_time_ns"])],
     "llmservingsim_run": [
         (
@@ -110,7 +111,7 @@ def test_unsorted_arrivals(name: str, samples: Samples, tmp_path: Path) -> None:
     path = samples[name](tmp_path)
     place = _place(path, JSONL[name][0][0])
     lines = place.read_text().splitlines()
-    field = next(f for f in ("arrival_s", "timestamp", "arrival_time_ns") if f in lines[0])
+    field = next(f for f in ("arrival_s", "timestamp", "arrival_time_ns", "trigger_time_us") if f in lines[0])
     lines[0] = _spoil(lines[0], field, "9000")
     place.write_text("\n".join(lines))
     if name == "vllm_recording":  # a recording's order is that of its requests file, which a reader may sort

@@ -29,6 +29,7 @@ REAL = {
     "data/runs/llmservingsim/workloads/sharegpt-llama-3.1-8b-300-sps10.jsonl.gz": ("llmservingsim_workload", 300, None),
     "data/traces/mooncake/conversation_trace.jsonl.gz": ("mooncake", 12031, None),
     "data/traces/mooncake/synthetic_trace.jsonl.gz": ("mooncake", 3993, None),
+    "data/traces/tair/event_publisher.log.gz": ("tair", 102, None),
     "data/traces/azure2023/AzureLLMInferenceTrace_code.csv.gz": ("azure2023", 8819, None),
     "data/traces/azure2023/AzureLLMInferenceTrace_conv.csv.gz": ("azure2023", 19366, None),
 }

@@ -96,6 +96,15 @@ def test_mooncake(read: Callable[[str], Run]) -> None:
     assert run.info.hash_block_tokens == 512
 
 
+def test_a_tair_lookup_is_a_request_and_the_write_that_goes_on_from_it_its_output(read: Callable[[str], Run]) -> None:
+    run = read("tair")
+    assert _column(run, "arrival_ns") == [0, 1000]
+    assert _column(run, "block_hashes") == [[1, 2**64 - 2, 3], [1, 2**64 - 2, 4]]
+    assert (_column(run, "input_tokens"), _column(run, "output_tokens")) == ([3, 3], [1, 2])
+    assert _column(run, "cached_tokens") == [1, None]
+    assert (run.info.hash_block_tokens, run.cache.num_rows) == (1, 10)
+
+
 def test_azure_keeps_all_seven_decimals(read: Callable[[str], Run]) -> None:
     run = read("azure2023")
     assert _column(run, "arrival_ns") == [0, 200]

@@ -20,6 +20,7 @@ from kvtwin.traces.readers import (
     llmservingsim_workload,
     mooncake,
     sglang_log,
+    tair,
     vllm_bench,
     vllm_recording,
 )
@@ -37,6 +38,7 @@ READERS: Final[Mapping[str, Callable[..., Run]]] = {
     "llmservingsim_run": llmservingsim_run.read,
     "llmservingsim_workload": llmservingsim_workload.read,
     "mooncake": mooncake.read,
+    "tair": tair.read,
     "azure2023": azure2023.read,
     "vllm_bench": vllm_bench.read,
     "llmservingsim_requests": llmservingsim_requests.read,
@@ -46,12 +48,13 @@ READERS: Final[Mapping[str, Callable[..., Run]]] = {
 }
 
 # Formats that leave open how many tokens a block hash stands for; their readers take `hash_block_tokens`.
-_OPEN_BLOCK_SIZE: Final = ("kvtwin_jsonl", "llmservingsim_workload")
+_OPEN_BLOCK_SIZE: Final = ("kvtwin_jsonl", "llmservingsim_workload", "tair")
 
 # Fields that only one JSON-lines format has (all of them must be there), most telling first.
 _JSONL_FIELDS: Final[Mapping[str, frozenset[str]]] = {
     "mooncake": frozenset({"timestamp", "input_length", "hash_ids"}),
     "sglang_log": frozenset({"type", "sglang", "case", "fields"}),
+    "tair": frozenset({"component", "type", "trigger_time_us"}),
     "llmservingsim_workload": frozenset({"input_toks", "arrival_time_ns"}),
     "kvtwin_jsonl": frozenset({"request_id", "input_length"}),
     "vllm_bench": frozenset({"input_lens", "output_lens", "ttfts", "itls"}),

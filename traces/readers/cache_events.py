@@ -29,10 +29,9 @@ from kvtwin.traces.readers.kv_events import is_msgpack, read_batches
 from kvtwin.traces.readers.text import Row, read_jsonl, read_lines
 from kvtwin.traces.run import Run
 from kvtwin.traces.table import from_columns
+from kvtwin.traces.time import NS_PER_S, NS_PER_US
 
 _HASH_MASK: Final = (1 << 64) - 1
-_NS_PER_US: Final = 1_000
-_NS_PER_S: Final = 1_000_000_000
 _COLUMNS: Final = ("time_ns", "level", "kind", "request", "tokens", "block_hash")
 HBM, HOST, STORAGE = 1, 2, 3
 _MEDIA: Final[Mapping[str, int]] = {"GPU": HBM, "CPU": HOST}
@@ -92,16 +91,16 @@ def _read_tair(path: Path, events: _Events) -> None:
     writing: dict[str, list[int]] = {}
     for row in read_jsonl(path):
         kind = row.text("type")
-        time_ns = row.integer("trigger_time_us", 0, 1 << 53) * _NS_PER_US
+        time_ns = row.integer("trigger_time_us", 0, 1 << 53) * NS_PER_US
         if kind == "GetCacheLocation":
-            keys = _keys(row)
+            keys = tair_keys(row)
             hits = next((place for place, key in enumerate(keys) if key not in stored), len(keys))
             for place, key in enumerate(keys):
                 events.add(time_ns, STORAGE, "lookup", block=key)
                 if place < hits:
                     events.add(time_ns, STORAGE, "hit", block=key)
         elif kind == "StartWriteCache":
-            writing[row.text("write_session_id")] = _keys(row)
+            writing[row.text("write_session_id")] = tair_keys(row)
         elif kind == "FinishWriteCache":
             keys = writing.pop(row.text("write_session_id"), [])
             for key in keys[: row.integer("success_block", 0, 1 << 31)]:
@@ -110,7 +109,8 @@ def _read_tair(path: Path, events: _Events) -> None:
                     events.add(time_ns, STORAGE, "store", block=key)
 
 
-def _keys(row: Row) -> list[int]:
+def tair_keys(row: Row) -> list[int]:
+    """The block keys of a Tair event, signed 64-bit numbers there, as unsigned ones."""
     keys = row.get("keys")
     if not isinstance(keys, list) or not all(type(key) is int for key in keys):
         row.fail("keys", "a list of integers expected")
@@ -120,7 +120,7 @@ def _keys(row: Row) -> list[int]:
 def _read_published(path: Path, events: _Events) -> None:
     live: dict[int, set[int]] = {}
     for row in read_batches(path):
-        time_ns = round(row.seconds("ts") * _NS_PER_S)
+        time_ns = round(row.seconds("ts") * NS_PER_S)
         for event in row.get("events"):
             level = _MEDIA.get(str(event.get("medium") or "GPU").upper(), STORAGE)
             held = live.setdefault(level, set())
