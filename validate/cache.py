@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from itertools import groupby
+from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -28,21 +30,21 @@ def cache_figures(events: pa.Table) -> dict[str, tuple[float, int]]:
         By metric its value and how many events it rests on: `hit_rate` (share of what was looked up), then
         `hit_tokens`, `store_tokens`, `evict_tokens` per level (suffix `_l1` HBM, `_l2` host, `_l3` storage) and the
         volume of each kind of move; blocks (`hit_blocks_l1`, ...) where no event says its tokens. Evictions are told
-        apart by what triggered them: of the same instant and level, `evict_for_store_l2`, else `evict_alone_l2`.
+        apart by what triggered them, the first of these of the same instant: a store on their level (`evict_for_store_l2`),
+        a load from the host (`evict_for_load_back_l1`), a prefetch that takes room on the host (`evict_for_prefetch_l2`),
+        the admission of a prompt (`evict_for_prompt_l1`); else `evict_alone_l1`, such as for decodes.
     """
     unit = "blocks" if events.column("tokens").null_count == events.num_rows else "tokens"
     amounts = [1] * events.num_rows if unit == "blocks" else events.column("tokens").to_pylist()
     kinds, levels, times = (events.column(name).to_pylist() for name in ("kind", "level", "time_ns"))
     sums: dict[tuple[str, int], list[int]] = {}
-    stores = {(time, level) for time, level, kind in zip(times, levels, kinds, strict=True) if kind == "store"}
+    happened = {(kind, time, level) for kind, time, level in zip(kinds, times, levels, strict=True) if kind != "evict"}
     triggered: dict[tuple[str, int], list[int]] = {}
     for kind, level, time, amount in zip(kinds, levels, times, amounts, strict=True):
-        entry = sums.setdefault((kind, level), [0, 0])
-        entry[0] += amount or 0
-        entry[1] += 1
+        entries = [sums.setdefault((kind, level), [0, 0])]
         if kind == "evict":
-            cause = "evict_for_store" if (time, level) in stores else "evict_alone"
-            entry = triggered.setdefault((cause, level), [0, 0])
+            entries.append(triggered.setdefault((_cause(happened, time, level), level), [0, 0]))
+        for entry in entries:
             entry[0] += amount or 0
             entry[1] += 1
     figures: dict[str, tuple[float, int]] = {}
@@ -58,6 +60,21 @@ def cache_figures(events: pa.Table) -> dict[str, tuple[float, int]]:
     for (cause, level), entry in sorted(triggered.items()):
         figures[f"{cause}_l{level}"] = float(entry[0]), entry[1]
     return figures
+
+
+# What makes room on a level: the kind of event, how far below the evictions' level it is noted, and the cause's name.
+_TRIGGERS: Final = (
+    ("store", 0, "evict_for_store"),
+    ("load_back", 0, "evict_for_load_back"),
+    ("prefetch_start", 1, "evict_for_prefetch"),
+    ("lookup", 0, "evict_for_prompt"),
+)
+
+
+def _cause(happened: AbstractSet[tuple[str, int, int]], time_ns: int, level: int) -> str:
+    """The member of EVICTION_CAUSES that an eviction counts under."""
+    found = (cause for kind, below, cause in _TRIGGERS if (kind, time_ns, level + below) in happened)
+    return next(found, "evict_alone")
 
 
 def compare_cache(measured: pa.Table, predicted: pa.Table, *, name: str, gates: Gates = NO_GATES) -> list[Check]:
@@ -90,7 +107,7 @@ def compare_cache(measured: pa.Table, predicted: pa.Table, *, name: str, gates: 
 def replay_events(events: pa.Table, capacity_blocks: int, policy: str = "lru") -> pa.Table:
     """What a cache of `capacity_blocks` would have done with the lookups and stores of a trace of block hashes.
 
-    Consecutive lookups, and consecutive stores, of one instant are one prompt's blocks, in order.
+    Consecutive lookups, and consecutive stores, of one instant and request are one prompt's blocks, in order.
 
     Raises:
         InputError: lookups or stores without block hashes, or a capacity below 1.
@@ -100,30 +117,25 @@ def replay_events(events: pa.Table, capacity_blocks: int, policy: str = "lru") -
     wanted = events.filter(pc.is_in(events.column("kind"), value_set=pa.array(["lookup", "store"])))
     if wanted.column("block_hash").null_count or not wanted.num_rows:
         raise InputError("a replay needs the block hashes of lookups and stores")
-    cache = _BlockCache(capacity_blocks, policy)
-    columns = (wanted.column(name).to_pylist() for name in ("time_ns", "level", "kind", "block_hash"))
-    group: list[int] = []
-    last: tuple[int, int, str] | None = None
-    for time, level, kind, block in zip(*columns, strict=True):
-        if last != (time, level, kind):
-            if last is not None:
-                cache.take(*last, group)
-            group, last = [], (time, level, kind)
-        group.append(block)
-    assert last is not None
-    cache.take(*last, group)
+    blocks, lengths = (wanted.column(name).to_pylist() for name in ("block_hash", "tokens"))
+    cache = _BlockCache(capacity_blocks, policy, dict(zip(blocks, lengths, strict=True)))
+    columns = (wanted.column(name).to_pylist() for name in ("time_ns", "level", "kind", "request"))
+    for (time, level, kind, request), group in groupby(zip(*columns, blocks, strict=True), key=lambda event: event[:4]):
+        cache.take(time, level, kind, request, [event[4] for event in group])
     return from_columns("cache", cache.rows, "the replay")
 
 
 class _BlockCache(CacheObserver):
-    """A radix tree over block hashes, a block being its token."""
+    """A radix tree over block hashes, a block being its token; `lengths` says how many tokens it really holds."""
 
-    def __init__(self, capacity: int, policy: str) -> None:
-        self.rows: dict[str, list[Any]] = {"time_ns": [], "level": [], "kind": [], "block_hash": []}
+    def __init__(self, capacity: int, policy: str, lengths: Mapping[int, int | None]) -> None:
+        names = ("time_ns", "level", "request", "kind", "block_hash", "tokens")
+        self.rows: dict[str, list[Any]] = {name: [] for name in names}
+        self._lengths = lengths
         self._tree = RadixTree(1, policy, counts_hits=True)
         self._tree.observer = self
         self._capacity, self._free = capacity, capacity
-        self._now = (0, 0)
+        self._now: tuple[int, int, int | None] = (0, 0, None)
         self._prompt: list[int] = []
         self._hashes: dict[int, int] = {}
         self._names: dict[int, int] = {}
@@ -136,12 +148,12 @@ class _BlockCache(CacheObserver):
         return merge_runs((self._names[block], 1) for block in blocks)
 
     def _note(self, kind: str, block: int) -> None:
-        for name, value in zip(self.rows, (*self._now, kind, block), strict=True):
+        for name, value in zip(self.rows, (*self._now, kind, block, self._lengths[block]), strict=True):
             self.rows[name].append(value)
 
-    def take(self, time_ns: int, level: int, kind: str, blocks: list[int]) -> None:
+    def take(self, time_ns: int, level: int, kind: str, request: int | None, blocks: list[int]) -> None:
         """Look up or store one prompt's blocks."""
-        self._now = time_ns, level
+        self._now = time_ns, level, request
         if kind == "lookup":
             self._prompt = blocks
             matched, _ = self._tree.match_prefix(self._key(blocks), len(blocks))

@@ -25,6 +25,9 @@ STATISTICS: Final = ("mean", "p50", "p90", "p99")
 QUEUES: Final = ("waiting", "prefetch", "running", "swapped")
 SIZES: Final = ("batch_size", "step_tokens")
 LEVELS: Final = (1, 2, 3)  # of a KV cache: HBM, host, storage
+EVICTION_CAUSES: Final = (
+    "evict_for_store", "evict_for_load_back", "evict_for_prefetch", "evict_for_prompt", "evict_alone"
+)  # fmt: skip
 MOVES: Final = ("load_back", "write_back", "prefetch_start", "prefetch_done", "prefetch_drop")
 
 
@@ -45,7 +48,7 @@ FAMILIES: Final[Mapping[str, tuple[str, ...]]] = {
     "cache_stores": _on_levels("store"),
     "cache_evictions": (
         *_on_levels("evict"),
-        *(f"{cause}_l{level}" for cause in ("evict_for_store", "evict_alone") for level in LEVELS),
+        *(f"{cause}_l{level}" for cause in EVICTION_CAUSES for level in LEVELS),
     ),
     "cache_moves": _on_levels(*MOVES),
 }

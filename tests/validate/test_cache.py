@@ -7,13 +7,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvtwin.reports.cli import main
+from kvtwin.sim.cache_replay import belady_hits, prompts_of
 from kvtwin.traces.errors import InputError, KvtwinError
+from kvtwin.traces.readers import read_run
 from kvtwin.traces.readers.cache_events import read_cache_events
+from kvtwin.traces.table import from_columns
 from kvtwin.validate.cache import cache_figures, compare_cache, replay_events
 
 TAIR = "data/traces/tair/event_publisher.log.gz"
@@ -63,7 +67,7 @@ def test_vllm_events_are_stores_and_evictions_per_medium(tmp_path: Path) -> None
     events = read_cache_events(path)
     assert events.column("kind").to_pylist() == ["store", "store", "evict", "evict"]
     assert events.column("time_ns").to_pylist() == [0, 0, 500_000_000, 500_000_000]
-    assert events.column("tokens").to_pylist() == [16, 16, None, None]
+    assert events.column("tokens").to_pylist() == [16, 16, 16, 16]
 
 
 @pytest.mark.parametrize("case", ["hi_l2_write_through_p16", "hi_l3slow_wait_complete", "v059/hi_l3_ov_wait"])
@@ -75,9 +79,57 @@ def test_a_hicache_logs_hits_add_up_on_the_levels_they_came_from(case: str, shar
     figures = cache_figures(read_cache_events(log))
     hits = {level: figures.get(f"hit_tokens_l{level}", (0, 0))[0] for level in (1, 2, 3)}
     assert sum(hits.values()) == summary["cached_tokens"]
+    with gzip.open(log, "rt") as lines:
+        prompts = sum(line[4] for line in map(json.loads, lines) if isinstance(line, list) and line[0] == "R")
+    assert figures["hit_rate"][0] == summary["cached_tokens"] / prompts
     assert hits[1] > 0
     assert (hits[2] + hits[3] <= figures["load_back_tokens_l1"][0]) and hits[2] > 0
     assert (hits[3] > 0) == ("l3" in case)
+
+
+def test_what_a_recorded_run_hit_is_read_from_its_requests(shared: Path) -> None:
+    run = read_run(shared / "data" / "vllm_cpu" / "shared_prefix_1")
+    hits, prompts = (pc.sum(run.requests.column(name)).as_py() for name in ("cached_tokens", "input_tokens"))
+    figures = cache_figures(read_cache_events(shared / "data" / "vllm_cpu" / "shared_prefix_1"))
+    assert figures == {
+        "hit_rate": (hits / prompts, 220),
+        "hit_tokens_l1": (hits, sum(map(bool, run.requests.column("cached_tokens").to_pylist()))),
+    }
+
+
+def test_a_trace_of_block_hashes_is_what_an_endless_cache_finds(shared: Path, tmp_path: Path) -> None:
+    """And a cache that holds all of it finds the same, in the same unit; one of 2,000 blocks less."""
+    path = shared / "data" / "traces" / "mooncake" / "synthetic_trace.jsonl.gz"
+    events = read_cache_events(path)
+    prompts = prompts_of(read_run(path), 1)
+    assert cache_figures(events)["hit_rate"][0] == belady_hits(prompts, prompts.distinct_tokens) / prompts.input_tokens
+    checks = {check.metric: check for check in compare_cache(events, replay_events(events, 1_000_000), name="x")}
+    assert {check.error for check in checks.values()} == {0.0}
+    assert checks["hit_tokens_l1"].unit == "tokens"
+    small = {check.metric: check for check in compare_cache(events, replay_events(events, 2_000), name="x")}
+    assert small["hit_tokens_l1"].error < -0.1 and small["evict_for_store_l1"].simulated > 0
+    lengths = write(
+        tmp_path / "lengths.jsonl", [{"request_id": "a", "arrival_s": 0, "input_length": 5, "output_length": 2}]
+    )
+    with pytest.raises(InputError, match="neither cache events, nor cached_tokens, nor block hashes"):
+        read_cache_events(lengths)
+
+
+def test_evictions_are_told_apart_by_what_made_them() -> None:
+    """A prompt that loads from the host, a copy to it, a prefetch into it, and a decode."""
+    rows = [
+        (0, 1, "lookup", 64), (0, 1, "evict", 16), (1, 1, "lookup", 64), (1, 1, "load_back", 32), (1, 1, "evict", 48),
+        (2, 2, "store", 16), (2, 2, "evict", 1), (3, 3, "prefetch_start", 16), (3, 2, "evict", 2), (4, 1, "evict", 3),
+    ]  # fmt: skip
+    columns = dict(zip(("time_ns", "level", "kind", "tokens"), map(list, zip(*rows, strict=True)), strict=True))
+    figures = cache_figures(from_columns("cache", columns, "test"))
+    causes = {
+        metric: value for metric, (value, _) in figures.items() if metric.startswith(("evict_for", "evict_alone"))
+    }
+    assert causes == {
+        "evict_for_prompt_l1": 16, "evict_for_load_back_l1": 48, "evict_for_store_l2": 1, "evict_for_prefetch_l2": 2,
+        "evict_alone_l1": 3,
+    }  # fmt: skip
 
 
 def test_a_trace_equals_itself(shared: Path) -> None:
@@ -185,8 +237,8 @@ def test_events_as_the_engines_publish_them(form: str, packed: bool, tmp_path: P
     table = read_cache_events(path)
     rows = list(zip(*(table.column(name).to_pylist() for name in ("time_ns", "level", "kind", "tokens")), strict=True))
     assert rows == [
-        (0, 1, "store", 16), (0, 1, "store", 16), (250_000_000, 1, "evict", None), (250_000_000, 2, "store", 16),
-        (500_000_000, 1, "evict", None),
+        (0, 1, "store", 16), (0, 1, "store", 16), (250_000_000, 1, "evict", 16), (250_000_000, 2, "store", 16),
+        (500_000_000, 1, "evict", 16),
     ]  # fmt: skip
     blocks = table.column("block_hash").to_pylist()
     assert blocks[0] == blocks[2] == blocks[3] == 11 and blocks[1] == blocks[4] != 11

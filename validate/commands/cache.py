@@ -11,7 +11,7 @@ from kvtwin.validate.commands import common
 def add(levels: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the level."""
     parser = levels.add_parser("cache", help="hits, moves and evictions per cache level: two cache event traces")
-    parser.add_argument("measured", type=Path, help="run with cache events, Tair log, vLLM KV events, HiCache log")
+    parser.add_argument("measured", type=Path, help="run, trace with block hashes, Tair log, KV events, HiCache log")
     parser.add_argument("predicted", type=Path, nargs="?", help="another such trace (or --capacity)")
     parser.add_argument("--capacity", type=int, metavar="BLOCKS", help="replay MEASURED through a cache of this size")
     parser.add_argument("--policy", default="lru", help="eviction policy of the replay (default: lru)")
