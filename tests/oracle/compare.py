@@ -78,12 +78,18 @@ def version_of(case: Path) -> str:
     return "0.19" if "019" in case.parent.name else "0.32"
 
 
-def simulate_case(case: Path, recorded: Run, *, plain: bool = False) -> Run:
-    """The twin's run of a case; `plain` takes every step by itself."""
+def engine_of(case: Path, recorded: Run) -> tuple[VllmConfig, LinearLatency]:
+    """The settings and the step latency of a case."""
     settings = dict(recorded.info.engine_config)
     prices = {**_LATENCY_NS, **settings.pop("latency_ns", {})}
-    config: VllmConfig = vllm_config({**settings, "version": version_of(case)}, case / "config.json")
-    latency = LinearLatency(*(prices[name] for name in ("base", "per_new_token", "per_context_token", "per_req")))
+    config = vllm_config({**settings, "version": version_of(case)}, case / "config.json")
+    names = ("base", "per_new_token", "per_context_token", "per_req")
+    return config, LinearLatency(*(prices[name] for name in names))
+
+
+def simulate_case(case: Path, recorded: Run, *, plain: bool = False) -> Run:
+    """The twin's run of a case; `plain` takes every step by itself."""
+    config, latency = engine_of(case, recorded)
     return simulate(recorded, config, latency, plain=plain)
 
 
