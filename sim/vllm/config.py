@@ -32,11 +32,12 @@ class VllmRules:
         hold_back_stale_output: a request preempted with a token in flight is not resumed before that
             token has arrived (0.32).
         has_watermark: the `watermark` option exists (0.32).
-        offload_touches_when_asked: a lookup or a store on the host makes a request's blocks the most recent
-            (`OffloadingConnectorScheduler.get_num_new_matched_tokens`, 0.19), else its end does
-            (`CPUOffloadingManager.on_request_finished`, 0.32).
-        offload_waits_for_writes: a request waits for blocks that are being written to the host
-            (`LookupResult.HIT_PENDING`, 0.32), else they end its hit (0.19).
+        has_skipped_queue: waiting requests that are passed over have a queue of their own, which goes first (0.19
+            `skipped_waiting`), else only those that hold blocks have (0.32 `kv_holding_waiting`).
+        offloads_by_job: every copy to the host counts by itself (0.32 `OffloadingConnectorScheduler`), else those of a
+            request together (0.19); see `offload/`.
+        reserves_for_loads: blocks are loaded only beside what the prefills under way still need
+            (`Scheduler._inflight_prefill_reserved_blocks`, 0.32).
     """
 
     reuse_uncached_first: bool
@@ -44,14 +45,15 @@ class VllmRules:
     victim_place_moves_index: bool
     hold_back_stale_output: bool
     has_watermark: bool
-    offload_touches_when_asked: bool
-    offload_waits_for_writes: bool
+    has_skipped_queue: bool
+    offloads_by_job: bool
+    reserves_for_loads: bool
 
 
 VLLM_RULES: Mapping[str, VllmRules] = MappingProxyType(
     {
-        "0.19": VllmRules(False, False, False, False, False, True, False),
-        "0.32": VllmRules(True, True, True, True, True, False, True),
+        "0.19": VllmRules(False, False, False, False, False, True, False, False),
+        "0.32": VllmRules(True, True, True, True, True, False, True, True),
     }
 )
 

@@ -19,7 +19,9 @@ from kvtwin.sim.vllm.cache_log import CacheLog, LoggedPool
 from kvtwin.sim.vllm.config import VllmConfig
 from kvtwin.sim.vllm.counted_pool import CountedPool
 from kvtwin.sim.vllm.jump import JumpLoop
-from kvtwin.sim.vllm.offload import OffloadTiers
+from kvtwin.sim.vllm.offload.by_job import JobConnector
+from kvtwin.sim.vllm.offload.by_request import RequestConnector
+from kvtwin.sim.vllm.offload.connector import Connector
 from kvtwin.sim.vllm.plain import PlainLoop
 from kvtwin.sim.vllm.recorder import UNKNOWN, RequestTimes, StepLog
 from kvtwin.sim.vllm.request import IntArray, RequestBook
@@ -38,8 +40,9 @@ class Engine:
         host: time between steps.
         record_steps: keep a row per step.
         record_cache: keep a row per event of the KV levels; every step is taken by itself then.
-        plain: take every step by itself: the specification; the result is the same, bit for bit. With KV tiers there
-            is no other way yet: nearly every step sends blocks to the host.
+        plain: take every step by itself, with the pool that says what it does: the specification; the result is the
+            same, bit for bit. With KV tiers every step is taken by itself in any case: nearly every one sends blocks
+            to the host.
     """
 
     def __init__(
@@ -53,7 +56,7 @@ class Engine:
         plain: bool = False,
     ) -> None:
         self._config, self._host = config, host or HostTime()
-        self._is_plain = plain or record_cache or config.kv_offloading_size > 0
+        self._is_plain = plain or record_cache
         self._pricer = VectorPricer(latency) if plain else pricer_for(latency)
         self._cache_log = CacheLog(config.block_size) if record_cache else None
         self._record_steps = record_steps
@@ -61,7 +64,7 @@ class Engine:
         self._progress: Progress | None = None
         self.num_steps = 0
         self.pool: Pool = CountedPool(config.num_gpu_blocks)
-        self.offload: OffloadTiers | None = None
+        self.offload: Connector | None = None
 
     def run(self, requests: RequestBook, progress: Progress | None = None) -> RequestTimes:
         """Serve `requests` to the last token.
@@ -75,7 +78,9 @@ class Engine:
         """
         self._progress = progress
         if self._is_plain:
-            return self._run_plain(requests)
+            return self._run_stepping(requests, self._plain_pool())
+        if self._config.kv_offloading_size:
+            return self._run_stepping(requests, self._array_pool(requests))
         # Nobody shares a block: only a request that comes back after a preemption can hit one, its own.
         nothing_shared = not self._config.enable_prefix_caching or (
             requests.num_shared_keys == 0 and not self._record_steps
@@ -106,16 +111,29 @@ class Engine:
         assert self._cache_log is not None, "cache events were not recorded"
         return self._cache_log.table(times, requests.num_prompt_tokens, rows)
 
-    def _run_plain(self, requests: RequestBook) -> RequestTimes:
+    def _plain_pool(self) -> Pool:
         config = self._config
         make_pool = BlockPool if self._cache_log is None else partial(LoggedPool, self._cache_log)
-        self.pool = make_pool(
+        return make_pool(
             config.num_gpu_blocks,
             enable_prefix_caching=config.enable_prefix_caching,
             reuse_uncached_first=config.rules.reuse_uncached_first,
         )
+
+    def _array_pool(self, requests: RequestBook) -> ArrayPool:
+        config = self._config
+        return ArrayPool(
+            config.num_gpu_blocks,
+            num_shared_keys=requests.num_shared_keys,
+            enable_prefix_caching=config.enable_prefix_caching,
+            reuse_uncached_first=config.rules.reuse_uncached_first,
+            counts_evicted=self._record_steps,
+        )
+
+    def _run_stepping(self, requests: RequestBook, pool: Pool) -> RequestTimes:
+        self.pool = pool
         times = RequestTimes(len(requests))
-        plain = self._plain_loop(requests, self.pool, times)
+        plain = self._plain_loop(requests, pool, times)
         while plain.turn():
             pass
         self.num_steps = plain.clock.num_steps
@@ -128,15 +146,8 @@ class Engine:
         return self._run_jumping(requests, pool, blocks, may_preempt=not self._config.enable_prefix_caching)
 
     def _run_pooled(self, requests: RequestBook) -> RequestTimes:
-        config = self._config
-        self.pool = pool = ArrayPool(
-            config.num_gpu_blocks,
-            num_shared_keys=requests.num_shared_keys,
-            enable_prefix_caching=config.enable_prefix_caching,
-            reuse_uncached_first=config.rules.reuse_uncached_first,
-            counts_evicted=self._record_steps,
-        )
-        times = self._run_jumping(requests, pool, PooledBlocks(config, requests, pool), may_preempt=True)
+        self.pool = pool = self._array_pool(requests)
+        times = self._run_jumping(requests, pool, PooledBlocks(self._config, requests, pool), may_preempt=True)
         assert times is not None
         return times
 
@@ -185,8 +196,8 @@ class Engine:
         links = config.links()
         d2h, h2d = Link(links.d2h_base, links.d2h_per_token), Link(links.h2d_base, links.h2d_per_token)
         if config.kv_offloading_size:
-            sizes = (config.num_host_blocks, config.num_disk_blocks, config.block_size)
-            self.offload = OffloadTiers(*sizes, config.rules, links, d2h, h2d, pool, times, cache_log)
+            make = JobConnector if config.rules.offloads_by_job else RequestConnector
+            self.offload = make(config, requests.num_keys, links, d2h, h2d, pool, times, cache_log)
         swap = SwapSpace(config.num_swap_blocks, config.block_size, d2h, h2d, cache_log) if config.swaps else None
         scheduler = VllmScheduler(config, requests, pool, self.offload, swap)
         return PlainLoop(

@@ -45,18 +45,28 @@ class KVCacheManager:
         return self.pool.lookup(request.block_keys(0, max_blocks))
 
     def can_admit(
-        self, request: Request, num_new_tokens: int, hits: IntArray, *, whole_sequence: bool, watermark: bool
+        self,
+        request: Request,
+        num_new_tokens: int,
+        hits: IntArray,
+        *,
+        whole_sequence: bool,
+        watermark: bool,
+        num_reserved: int = 0,
     ) -> bool:
-        """Whether a waiting request fits: its chunk and, with `whole_sequence`, all its known tokens.
+        """Whether a waiting request fits: its chunk, beside `num_reserved` blocks, and, with `whole_sequence`, all its
+        known tokens.
 
         Blocks hit in the cache that lie in the free queue count as needed too.
         """
-        num_tokens = len(hits) * self._block_size + num_new_tokens
-        if whole_sequence:
-            num_tokens = max(num_tokens, request.num_tokens)
-        num_tokens = min(num_tokens, self._max_model_len)
-        needed = ceil_div(num_tokens, self._block_size) - len(hits) + self.pool.num_unreferenced(hits)
-        return needed + (self._watermark_blocks if watermark else 0) <= self.pool.num_free
+        num_free = self.pool.num_free - self.pool.num_unreferenced(hits) - (self._watermark_blocks if watermark else 0)
+        needed = self._num_blocks(len(hits) * self._block_size + num_new_tokens) - len(hits)
+        if whole_sequence and max(needed, self._num_blocks(request.num_tokens) - len(hits)) > num_free:
+            return False
+        return needed <= num_free - num_reserved
+
+    def _num_blocks(self, num_tokens: int) -> int:
+        return ceil_div(min(num_tokens, self._max_model_len), self._block_size)
 
     def can_grow(self, request: Request, num_new_tokens: int) -> bool:
         """Whether a running request can be given `num_new_tokens` more."""

@@ -15,7 +15,7 @@ from kvtwin.sim.latency.stats import batch_row
 from kvtwin.sim.progress import Progress
 from kvtwin.sim.vllm.cache_log import CacheLog
 from kvtwin.sim.vllm.config import VllmConfig
-from kvtwin.sim.vllm.offload import OffloadTiers
+from kvtwin.sim.vllm.offload.connector import Connector, Ended
 from kvtwin.sim.vllm.plan import StepPlan
 from kvtwin.sim.vllm.recorder import RequestTimes, StepLog, StepRows
 from kvtwin.sim.vllm.request import RequestBook
@@ -25,12 +25,18 @@ from kvtwin.traces.errors import KvtwinError
 
 @dataclass(slots=True)
 class InFlight:
-    """A scheduled batch whose tokens have not been taken in yet."""
+    """A scheduled batch whose tokens have not been taken in yet; `ended`: the transfers whose end it reports."""
 
     plan: StepPlan
     sched_ns: int
     start_ns: int
     end_ns: int
+    ended: Ended | None = None
+
+    @property
+    def tells(self) -> bool:
+        """Whether anything changes when it is taken in."""
+        return not self.plan.is_empty or bool(self.ended)
 
 
 @dataclass(slots=True)
@@ -76,7 +82,7 @@ class PlainLoop:
         times: RequestTimes,
         log: StepLog | None,
         progress: Progress | None,
-        offload: OffloadTiers | None = None,
+        offload: Connector | None = None,
         cache_log: CacheLog | None = None,
     ) -> None:
         self._progress, self._offload, self._cache_log = progress, offload, cache_log
@@ -108,9 +114,9 @@ class PlainLoop:
         if self.in_flight:
             done = self.in_flight.popleft()
             self._update(done)
-            executed |= not done.plan.is_empty
+            executed |= done.tells
         # An empty plan in flight is nothing to wait for: while transfers hold all requests back, there is always one.
-        return executed or preempted or any(not batch.plan.is_empty for batch in self.in_flight) or self._wait()
+        return executed or preempted or any(batch.tells for batch in self.in_flight) or self._wait()
 
     def note_progress(self) -> None:
         """Somebody has got a token that this loop did not see."""
@@ -125,32 +131,48 @@ class PlainLoop:
             self._fruitless = 0
 
     def _schedule(self) -> InFlight:
-        clock = self.clock
+        clock, offload = self.clock, self._offload
         sched_ns = clock.now_ns
         self._tell_time()
+        if offload is not None:
+            offload.begin_schedule(sched_ns)
         plan = self.scheduler.schedule()
         self._times.note_plan(plan, sched_ns)
-        if plan.is_empty:  # takes no time; it still has its place in the queue of batches
+        clock.now_ns += 0 if plan.is_empty else self._host.schedule(len(plan.requests))
+        if offload is not None:
+            clock.now_ns = offload.before_forward(clock.now_ns)
+        start_ns, end_ns = self._launch(plan)
+        ended = None if offload is None else offload.after_launch(clock.now_ns, None if plan.is_empty else end_ns)
+        return InFlight(plan, sched_ns, start_ns, end_ns, ended)
+
+    def _launch(self, plan: StepPlan) -> tuple[int, int]:
+        """Give a step its place on the device: start and end. An empty one takes no time; it still has its place in
+        the queue of batches."""
+        clock = self.clock
+        if plan.is_empty:
             if plan.preempted:
-                clock.device_free_ns = self.scheduler.device_ready_ns(max(sched_ns, clock.device_free_ns))
-            return InFlight(plan, sched_ns, sched_ns, sched_ns)
+                clock.device_free_ns = self.scheduler.device_ready_ns(max(clock.now_ns, clock.device_free_ns))
+            return clock.now_ns, clock.now_ns
         duration_ns = self._pricer.step_ns(batch_row(plan.cache_lens, plan.input_lens), clock.num_steps)
-        clock.now_ns += self._host.schedule(len(plan.requests))
         start_ns = self.scheduler.device_ready_ns(max(clock.now_ns, clock.device_free_ns))
         clock.device_free_ns = start_ns + duration_ns + self._host.gap_ns
         clock.num_steps += 1
-        if self._offload is not None:
-            self._offload.store(plan.requests, start_ns + duration_ns)
-        return InFlight(plan, sched_ns, start_ns, start_ns + duration_ns)
+        return start_ns, start_ns + duration_ns
 
     def _update(self, batch: InFlight) -> None:
         """The batch has run: advance the clock and feed its tokens back."""
         plan, clock = batch.plan, self.clock
         self._refuse_livelock(plan)
-        if plan.is_empty:
-            return
-        clock.now_ns = max(clock.now_ns, batch.end_ns) + self._host.update(len(plan.requests))
-        self._tell_time()
+        if not plan.is_empty:
+            clock.now_ns = max(clock.now_ns, batch.end_ns) + self._host.update(len(plan.requests))
+            self._tell_time()
+            self._take_in(batch)
+        if batch.ended and self._offload is not None:
+            self._tell_time()
+            self._offload.take_in(batch.ended, clock.now_ns)
+
+    def _take_in(self, batch: InFlight) -> None:
+        plan, clock = batch.plan, self.clock
         finished = self.scheduler.update(plan)
         self._times.note_tokens(plan, finished, clock.now_ns)
         if finished and self._progress is not None:
@@ -174,8 +196,6 @@ class PlainLoop:
     def _tell_time(self) -> None:
         if self._cache_log is not None:
             self._cache_log.now_ns = self.clock.now_ns
-        if self._offload is not None:
-            self._offload.advance(self.clock.now_ns)
 
     def _refuse_livelock(self, plan: StepPlan) -> None:
         """vLLM can preempt the same requests over and over, each time before one of them has a new token: with the
@@ -193,7 +213,7 @@ class PlainLoop:
     def _wait(self) -> bool:
         """Nothing can run: move the clock to the next arrival; False when everything is done."""
         clock, scheduler = self.clock, self.scheduler
-        transfer_ns = self._offload.next_ns() if self._offload is not None and scheduler.has_unfinished else None
+        transfer_ns = self._offload.next_ns() if self._offload is not None and scheduler.has_requests else None
         if transfer_ns is not None:
             arrivals_ns = self._requests.arrival_ns[clock.num_arrived : clock.num_arrived + 1]
             clock.now_ns = max(clock.now_ns, min([transfer_ns, *arrivals_ns]))
@@ -203,7 +223,7 @@ class PlainLoop:
                 raise KvtwinError("waiting requests can never be scheduled: the KV cache is too small for them")
             if self._offload is not None:
                 self._offload.drain()
-            return False
+            return scheduler.has_requests
         if not scheduler.has_requests or scheduler.has_unfinished:
             clock.now_ns = max(clock.now_ns, self._requests.arrival_ns[clock.num_arrived])
         return True

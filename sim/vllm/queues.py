@@ -30,6 +30,8 @@ class WaitingQueue(Protocol):
 
     def __len__(self) -> int: ...
 
+    def __contains__(self, row: object, /) -> bool: ...
+
 
 class PriorityQueue:
     """Smallest (priority, arrival time, request id as a string) first; there is no front to return to.
@@ -42,9 +44,8 @@ class PriorityQueue:
         self._heap: list[tuple[int, int, str, int]] = []
 
     def append(self, row: int) -> None:
-        """Insert by priority. The row makes the order total: vLLM's ids are unique anyway."""
-        book = self._requests
-        heapq.heappush(self._heap, (book.priority[row], book.arrival_ns[row], book.request_ids[row], row))
+        """Insert by priority."""
+        heapq.heappush(self._heap, self._requests.urgency(row))
 
     appendleft = append
 
@@ -63,6 +64,9 @@ class PriorityQueue:
 
     def __len__(self) -> int:
         return len(self._heap)
+
+    def __contains__(self, row: object) -> bool:
+        return any(entry[-1] == row for entry in self._heap)
 
 
 def waiting_queue(config: VllmConfig, requests: RequestBook) -> WaitingQueue:

@@ -121,7 +121,7 @@ class RequestBook:
         self.num_prompt_tokens, self.max_tokens = num_prompt_tokens, max_tokens
         self.prefix_keys, self.num_shared_keys = prefix_keys, num_shared_keys
         self._block_size = block_size
-        self._own_key_base: IntArray | None = None
+        self._own_key_ends: IntArray | None = None
         self.started: dict[int, Request] = {}
 
     def __len__(self) -> int:
@@ -142,6 +142,10 @@ class RequestBook:
             )
         return request
 
+    def urgency(self, row: int) -> tuple[int, int, str, int]:
+        """Smallest first under the priority policy. The row makes the order total: vLLM's ids are unique anyway."""
+        return self.priority[row], self.arrival_ns[row], self.request_ids[row], row
+
     def drop(self, row: int) -> None:
         """A request is finished: forget what it was."""
         self.started.pop(row, None)
@@ -150,10 +154,18 @@ class RequestBook:
         """No request has been looked at."""
         self.started.clear()
 
+    @property
+    def num_keys(self) -> int:
+        """Every key of a block is below it."""
+        ends = self._own_ends()
+        return int(ends[-1]) if len(ends) else self.num_shared_keys
+
     def _own_keys(self, row: int) -> int:
-        """First of as many keys as the request can ever fill blocks."""
-        if self._own_key_base is None:
+        return int(self._own_ends()[row - 1]) if row else self.num_shared_keys
+
+    def _own_ends(self) -> IntArray:
+        """Where each request's own keys end: it has as many as it can ever fill blocks."""
+        if self._own_key_ends is None:
             tokens = np.array(self.num_prompt_tokens, dtype=np.int64) + np.array(self.max_tokens, dtype=np.int64)
-            ends = np.cumsum(tokens // self._block_size + 1)
-            self._own_key_base = self.num_shared_keys + np.concatenate((NO_BLOCKS, [0], ends[:-1]))
-        return int(self._own_key_base[row])
+            self._own_key_ends = self.num_shared_keys + np.cumsum(tokens // self._block_size + 1)
+        return self._own_key_ends

@@ -4,7 +4,7 @@ Follows `vllm/v1/core/sched/scheduler.py` (`Scheduler.schedule`, `_preempt_reque
 and `async_scheduler.py` (`AsyncScheduler`). There is no prefill phase and no decode phase: each request
 has computed tokens and known tokens, and every step lets the first catch up with the second.
 
-With KV tiers, a waiting request may first fetch blocks from the host (`WAITING_FOR_REMOTE_KVS`, `offload.py`); with
+With KV tiers, a waiting request may first fetch blocks from the host (`WAITING_FOR_REMOTE_KVS`, `offload/`); with
 swap-based preemption, V0's rule (0.5 `core/scheduler.py`): who is swapped out comes back before anybody is admitted.
 
 Not modelled, because no supported setting reaches it: speculative decoding, encoders, LoRA limits, other KV
@@ -13,40 +13,14 @@ connectors, structured output.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
-from kvtwin.sim.vllm.block_pool import IntArray, Pool
+from kvtwin.sim.vllm.admission import Admission
+from kvtwin.sim.vllm.block_pool import Pool
 from kvtwin.sim.vllm.config import VllmConfig
 from kvtwin.sim.vllm.kv_manager import KVCacheManager
-from kvtwin.sim.vllm.offload import OffloadTiers
-from kvtwin.sim.vllm.plan import StepPlan
-from kvtwin.sim.vllm.queues import waiting_queue
+from kvtwin.sim.vllm.offload.connector import Connector, Scheduled
+from kvtwin.sim.vllm.plan import Call, StepPlan
 from kvtwin.sim.vllm.request import Request, RequestBook, Status
 from kvtwin.sim.vllm.swap import SwapSpace
-
-
-@dataclass(slots=True)
-class _Call:
-    """What one schedule() call has decided so far."""
-
-    budget: int
-    long_prefill_threshold: int
-    tokens: dict[Request, int] = field(default_factory=dict)
-    preempted: list[Request] = field(default_factory=list)
-
-    def cut(self, num_tokens: int) -> int:
-        """Cut a request's new tokens to the long-prefill threshold, where one applies."""
-        return min(num_tokens, self.long_prefill_threshold) if self.long_prefill_threshold else num_tokens
-
-    def take(self, request: Request, num_tokens: int) -> None:
-        self.tokens[request] = num_tokens
-        self.budget -= num_tokens
-
-    def take_back(self, request: Request) -> bool:
-        """Undo `take` for a preempted request; False if it had not been scheduled in this call."""
-        num_tokens = self.tokens.pop(request, 0)
-        self.budget += num_tokens
-        return num_tokens > 0
 
 
 class VllmScheduler:
@@ -65,7 +39,7 @@ class VllmScheduler:
         config: VllmConfig,
         requests: RequestBook,
         pool: Pool,
-        offload: OffloadTiers | None = None,
+        offload: Connector | None = None,
         swap: SwapSpace | None = None,
     ) -> None:
         self.config, self._rules, self._requests = config, config.rules, requests
@@ -75,44 +49,48 @@ class VllmScheduler:
             max_model_len=config.max_model_len,
             watermark_blocks=int(config.watermark * config.num_gpu_blocks),
         )
-        self.waiting = waiting_queue(config, requests)
+        self._admission = Admission(config, requests, self.kv, offload)
+        self.waiting = self._admission.waiting
         self.running: list[Request] = []
         self.swapped: list[Request] = []
         self._offload, self._swap = offload, swap
-        self._blocks_stored_ns = 0  # when the stores of preempted requests have ended
         # vLLM makes one more call after a request finishes, to pass its id on to the workers.
         self._finished_ids_to_flush = False
 
     @property
     def has_unfinished(self) -> bool:
         """Whether any request waits or runs."""
-        return bool(self.running) or len(self.waiting) > 0 or bool(self.swapped)
+        return bool(self.running) or len(self._admission) > 0 or bool(self.swapped)
 
     @property
     def has_requests(self) -> bool:
         """Whether the engine calls schedule() (`Scheduler.has_requests`)."""
-        return self.has_unfinished or self._finished_ids_to_flush
+        if self.has_unfinished or self._finished_ids_to_flush:
+            return True
+        return self._offload is not None and self._offload.keeps_stepping and self._offload.has_jobs
 
     def schedule(self) -> StepPlan:
         """Decide the next step: running requests in list order, then, if nobody was preempted, waiting ones."""
         num_evicted = self.kv.pool.num_evicted
-        call = _Call(self.config.max_num_batched_tokens, self._long_prefill_threshold())
+        call = Call(self.config.max_num_batched_tokens, self._long_prefill_threshold())
         self._schedule_running(call)
         if not call.preempted:
             self._schedule_swapped(call)
             if not self.swapped:
-                self._schedule_waiting(call)
+                self._admission.schedule(call, self.running)
+        if self._offload is not None:
+            self._offload.end_schedule(Scheduled(call.tokens, call.preempted, list(call.allocated.values())))
         plan = self._plan(call, num_evicted)
         self._finished_ids_to_flush = False
         return plan
 
     def _long_prefill_threshold(self) -> int:
         # 0.32: a request that is alone starves nobody, so it may use the whole budget.
-        alone = len(self.running) + len(self.waiting) + len(self.swapped) <= 1
+        alone = len(self.running) + len(self._admission) + len(self.swapped) <= 1
         exempt = alone and self._rules.lone_request_ignores_long_prefill_threshold
         return 0 if exempt else self.config.long_prefill_token_threshold
 
-    def _schedule_running(self, call: _Call) -> None:
+    def _schedule_running(self, call: Call) -> None:
         index = 0
         while index < len(self.running) and call.budget > 0:
             request = self.running[index]
@@ -124,11 +102,14 @@ class VllmScheduler:
                 victim, index = self._preempt(call, index)
                 if victim is request:
                     return
+            num_held = len(request.blocks)
             self.kv.grow(request, num_new_tokens)
             call.take(request, num_new_tokens)
+            if self._offload is not None and num_held < len(request.blocks):
+                call.allocated[request] = request.blocks[num_held:]
             index += 1
 
-    def _num_running_tokens(self, request: Request, call: _Call) -> int:
+    def _num_running_tokens(self, request: Request, call: Call) -> int:
         """New tokens of a running request; 0 if the tokens in flight complete its output."""
         in_flight = request.num_output_placeholders
         end = request.num_prompt_tokens + request.max_tokens
@@ -138,7 +119,7 @@ class VllmScheduler:
         # The position after the input, where the sampled token goes, must stay within the model's length.
         return min(num_tokens, call.budget, self.config.max_model_len - 1 - request.num_computed_tokens)
 
-    def _preempt(self, call: _Call, index: int) -> tuple[Request, int]:
+    def _preempt(self, call: Call, index: int) -> tuple[Request, int]:
         """Take the blocks from a victim; returns it and where the loop over `running` goes on."""
         if self.config.policy == "fcfs":
             victim = self.running.pop()
@@ -149,8 +130,9 @@ class VllmScheduler:
             was_scheduled = call.take_back(victim)
             stood_before = place < index if self._rules.victim_place_moves_index else was_scheduled
             index -= stood_before
-        if self._offload is not None:  # its blocks are written again only when they have been copied
-            self._blocks_stored_ns = max(self._blocks_stored_ns, self._offload.stores_end_ns(victim))
+        if self._offload is not None:
+            self._offload.preempted(victim)
+            self._admission.prompt_done(victim)
         call.preempted.append(victim)
         self.kv.free(victim)
         if self._swap is not None and self._swap.take(victim):
@@ -166,12 +148,10 @@ class VllmScheduler:
         return victim, index
 
     def device_ready_ns(self, start_ns: int) -> int:
-        """When the device may run what was scheduled last, which would be at `start_ns`: copies that free the blocks
-        it writes, or fill those it reads, run before it."""
-        start_ns, self._blocks_stored_ns = max(start_ns, self._blocks_stored_ns), 0
+        """When the device may run what was scheduled last, which would be at `start_ns`: swaps run before it."""
         return start_ns if self._swap is None else self._swap.copy(start_ns)
 
-    def _schedule_swapped(self, call: _Call) -> None:
+    def _schedule_swapped(self, call: Call) -> None:
         """Swap requests in, by priority and arrival, as long as they fit (V0 `_schedule_swapped`)."""
         if self.config.policy == "fcfs":
             self.swapped.sort(key=lambda request: request.row)
@@ -188,103 +168,13 @@ class VllmScheduler:
             assert self._swap is not None
             self._swap.give_back(request)
             self.swapped.remove(request)
-            self._run(request, num_new_tokens, call)
+            self.kv.grow(request, num_new_tokens)
+            request.status = Status.RUNNING
+            self.running.append(request)
+            call.take(request, num_new_tokens)
+            call.allocated[request] = request.blocks
 
-    def _run(self, request: Request, num_new_tokens: int, call: _Call) -> None:
-        self.kv.grow(request, num_new_tokens)
-        request.status = Status.RUNNING
-        self.running.append(request)
-        call.take(request, num_new_tokens)
-
-    def _schedule_waiting(self, call: _Call) -> None:
-        passed_over: list[int] = []
-        while self.waiting and call.budget > 0 and len(self.running) < self.config.max_num_seqs:
-            request = self._requests[self.waiting[0]]
-            fetches = self._offload is not None and self._fetches(request, self._offload)
-            if request.num_stale_output_tokens or fetches:
-                # Its token from before the preemption is still to come: resuming now could sample it twice.
-                passed_over.append(self.waiting.popleft())
-                continue
-            admission = self._admission(request, call)
-            if admission is None:
-                if self._offload is not None and not self.running and self._release_holder(request, self._offload):
-                    continue
-                break
-            num_new_tokens, hits = admission
-            self.waiting.popleft()
-            if not request.num_computed_tokens:
-                self.kv.admit(request, hits)
-            self._run(request, num_new_tokens, call)
-            if self._offload is not None:
-                self._offload.admitted(request)
-        for row in reversed(passed_over):
-            self.waiting.appendleft(row)
-
-    def _fetches(self, request: Request, offload: OffloadTiers) -> bool:
-        """Whether a waiting request waits for blocks of a lower level; it asks for them if it has not."""
-        if request.num_stale_output_tokens or offload.is_fetching(request):
-            return True
-        if request.status is Status.FETCHING:
-            self.kv.loaded(request)
-            request.status = Status.WAITING
-        if request.num_computed_tokens:
-            return False
-        hits = self.kv.computed_blocks(request)
-        num_blocks = offload.lookup(request, len(hits))
-        if num_blocks is None:
-            return True
-        if not num_blocks or not self._can_admit(request, num_blocks * self.config.block_size, hits):
-            return False
-        offload.start_load(request, len(hits), num_blocks)
-        self.kv.admit(request, hits)
-        self.kv.reserve(request, num_blocks)
-        request.status = Status.FETCHING
-        return True
-
-    def _release_holder(self, request: Request, offload: OffloadTiers) -> bool:
-        """Nobody runs and `request` does not fit: take the fetched blocks from whoever came last and waits with some."""
-        holders = [
-            other
-            for other in self._requests.started.values()
-            if len(other.blocks) and other is not request and not offload.is_fetching(other)
-        ]
-        if not holders:
-            return False
-        holder = max(holders, key=lambda other: other.row)
-        self.kv.free(holder)
-        holder.status, holder.num_computed_tokens = Status.WAITING, 0
-        offload.released(holder)
-        return True
-
-    def _admission(self, request: Request, call: _Call) -> tuple[int, IntArray] | None:
-        """New tokens and prefix hits with which a waiting request would be admitted now; None if it does not fit."""
-        if request.num_computed_tokens:  # it has fetched them
-            num_new_tokens = call.cut(request.num_tokens - request.num_computed_tokens)
-            if num_new_tokens > call.budget and not self.config.enable_chunked_prefill:
-                return None
-            num_new_tokens = min(num_new_tokens, call.budget)
-            whole_sequence = self.config.scheduler_reserve_full_isl
-            fits = self.kv.can_resume(
-                request, num_new_tokens, whole_sequence=whole_sequence, watermark=bool(self.running)
-            )
-            return (num_new_tokens, request.blocks) if fits else None
-        hits = self.kv.computed_blocks(request)
-        num_new_tokens = call.cut(request.num_tokens - len(hits) * self.config.block_size)
-        if num_new_tokens > call.budget and not self.config.enable_chunked_prefill:
-            return None
-        num_new_tokens = min(num_new_tokens, call.budget)
-        return (num_new_tokens, hits) if self._can_admit(request, num_new_tokens, hits) else None
-
-    def _can_admit(self, request: Request, num_new_tokens: int, hits: IntArray) -> bool:
-        return self.kv.can_admit(
-            request,
-            num_new_tokens,
-            hits,
-            whole_sequence=self.config.scheduler_reserve_full_isl,
-            watermark=bool(self.running),
-        )
-
-    def _plan(self, call: _Call, num_evicted_before: int) -> StepPlan:
+    def _plan(self, call: Call, num_evicted_before: int) -> StepPlan:
         """Advance the scheduled requests (`_update_after_schedule`) and describe the step."""
         cache_lens, samples = [], []
         for request, num_tokens in call.tokens.items():
@@ -296,13 +186,15 @@ class VllmScheduler:
             samples.append(reaches_end)
             if reaches_end and self.config.async_scheduling:
                 request.num_output_placeholders += 1
+            if reaches_end and self._offload is not None:
+                self._admission.prompt_done(request)
         return StepPlan(
             requests=list(call.tokens),
             cache_lens=cache_lens,
             input_lens=list(call.tokens.values()),
             samples=samples,
             preempted=call.preempted,
-            num_waiting=len(self.waiting),
+            num_waiting=len(self._admission),
             num_running=len(self.running),
             num_free_blocks=self.kv.pool.num_free,
             num_evicted_blocks=self.kv.pool.num_evicted - num_evicted_before,
@@ -343,8 +235,8 @@ class VllmScheduler:
         if not finished:
             return
         for request in finished:
-            if request.status is Status.WAITING:  # preempted with its last token in flight
-                self.waiting.remove(request.row)
+            if request.status in (Status.WAITING, Status.FETCHING):  # preempted with its last token in flight
+                self._admission.remove(request.row)
             elif request.status is Status.SWAPPED and self._swap is not None:
                 self._swap.drop(request)
                 self.swapped.remove(request)

@@ -43,24 +43,28 @@ def last(run: Run, *names: str) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("tiers", "cached", "prefetch_ns"),
+    ("tiers", "cached", "waiting_ns", "prefetch_ns"),
     [
-        ({}, [0, 0, 0], 0),
-        ({"kv_offloading_size": 8 * BLOCK_GIB}, [7, 7, 0], 8 * 10_000),
-        # The host dropped the second block; a disk brings it back first.
-        ({"kv_offloading_size": 4 * BLOCK_GIB}, [4, 4, 0], 4 * 10_000),
+        ({}, [0, 0, 0], 0, 0),
+        ({"kv_offloading_size": 8 * BLOCK_GIB}, [7, 7, 0], 0, 8 * 10_000),
+        # The host has dropped the second block.
+        ({"kv_offloading_size": 4 * BLOCK_GIB}, [4, 4, 0], 0, 4 * 10_000),
+        # The disk is asked for it, and has it; on the host it pushes out the first one, for which the same begins.
         (
             {"kv_offloading_size": 4 * BLOCK_GIB, "kv_offloading_disk_size": 99 * BLOCK_GIB},
-            [7, 3, 4],
-            2_000_000 + 8 * 10_000,
+            [7, 0, 7],
+            2 * 201_000,
+            2 * 2_000_000 + 8 * 10_000,
         ),
     ],
 )
-def test_a_prompt_seen_before_comes_from_below(tiers: dict[str, Any], cached: list[int], prefetch_ns: int) -> None:
+def test_a_prompt_seen_before_comes_from_below(
+    tiers: dict[str, Any], cached: list[int], waiting_ns: int, prefetch_ns: int
+) -> None:
     run = simulate(again(), VllmConfig(**ENGINE, **tiers), LATENCY, record_cache=True)
     assert last(run, "cached_tokens", "cached_host_tokens", "cached_storage_tokens") == cached
-    assert last(run, "waiting_ns", "prefetch_ns", "running_ns", "swapped_ns") == [0, prefetch_ns, 1_000_000, 0]
-    assert last(run, "finish_ns") == [20_000_000 + prefetch_ns + 1_000_000]
+    assert last(run, "waiting_ns", "prefetch_ns", "running_ns", "swapped_ns") == [waiting_ns, prefetch_ns, 1_000_000, 0]
+    assert last(run, "finish_ns") == [20_000_000 + waiting_ns + prefetch_ns + 1_000_000]
     figures = cache_figures(run.cache)
     hits = [figures.get(f"hit_tokens_l{level}", (0, 0))[0] for level in (1, 2, 3)]
     assert hits == [cached[0] - cached[1] - cached[2], *cached[1:]]
