@@ -10,6 +10,7 @@ from kvtwin.sim.sglang.clock import Clock
 from kvtwin.sim.sglang.hi_tree import HiRadixTree
 from kvtwin.sim.sglang.pool import KvPool
 from kvtwin.sim.sglang.radix_cache import RadixCache
+from kvtwin.sim.sglang.radix_tree import TreeNode
 from kvtwin.sim.sglang.request import SglangRequest
 from kvtwin.sim.sglang.runs import Runs
 from kvtwin.sim.sglang.storage import Prefetch, StorageThreads
@@ -98,13 +99,13 @@ class HiRadixCache(RadixCache):
         found = self._levels.match_path(self.key(request), num_tokens)
         request.prefix_len, request.last_node, request.host_hit_len, request.last_host_node = found
 
-    def _insert(self, request: SglangRequest, key: Runs, num_tokens: int, *, chunked: bool) -> None:
+    def _insert(self, request: SglangRequest, key: Runs, num_tokens: int, *, chunked: bool) -> TreeNode:
         # What storage did before now comes first.
         self.advance(self._clock.now_ns)
         self._note_instant()
         if self._caches_outputs and not chunked:
             self._levels.time += 1  # 0.5.9: `prefill_finished_ts`, or `completion_time`
-        super()._insert(request, key, num_tokens, chunked=chunked)
+        return super()._insert(request, key, num_tokens, chunked=chunked)
 
     def _note_instant(self) -> None:
         if self._clock.now_ns != self._instant_ns:

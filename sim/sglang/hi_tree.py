@@ -12,7 +12,7 @@ from kvtwin.sim.sglang.eviction import EvictionKey
 from kvtwin.sim.sglang.host_leaves import HostLeaves, ListedHostLeaves, QueuedHostLeaves
 from kvtwin.sim.sglang.pool import KvPool
 from kvtwin.sim.sglang.radix_tree import RadixTree, TreeNode
-from kvtwin.sim.sglang.runs import Runs, common_prefix, edge_at
+from kvtwin.sim.sglang.runs import Runs, common_prefix, edge_at, place_of
 from kvtwin.sim.sglang.scheduler import UpstreamStopError
 from kvtwin.sim.sglang.storage import StorageThreads
 
@@ -52,6 +52,7 @@ class HiRadixTree(RadixTree):
         super().__init__(device.page_size, policy)
         self._device, self.host, self._clock, self._rules = device, host, clock, rules
         self._write_back = rules.write_policy == "write_back"
+        self.keeps_locked_paths = not self._write_back  # `load_back` says why not
         self._write_hits = 1 if rules.write_policy == "write_through" else 2
         self._host_leaves: HostLeaves
         if rules.lists_host_leaves and self._write_back:
@@ -110,23 +111,29 @@ class HiRadixTree(RadixTree):
         self.time += 1
         node.last_access = self.time
 
-    def insert(
+    def extend(
         self,
+        above: TreeNode,
         key: Runs,
         num_tokens: int,
         priority: int = 0,
         *,
         inserted_len: int = 0,  # noqa: ARG002 - counted from 0.5.11 on
         chunked: bool = False,
-    ) -> int:
-        """Add a key's first `num_tokens` to the device; copies nodes to the host as the write policy says.
+    ) -> tuple[int, TreeNode]:
+        """See `RadixTree.extend`; copies nodes to the host as the write policy says.
 
         Returns:
-            Tokens that were on the device already.
+            Tokens that were on the device already, and the node where the key ends.
         """
         limit = num_tokens - num_tokens % self.page_size
-        node = self.root_node
-        depth = index = offset = known = 0
+        for node in _path(above):
+            self._touch(node)
+            node.priority = max(node.priority, priority)
+            self._count_hit(node, chunked=chunked)
+        node = above
+        depth = known = above.end
+        index, offset = place_of(key, depth)
         while depth < limit:
             child = node.children.get(edge_at(key, index, offset, self.page_size))
             if child is None:
@@ -153,7 +160,13 @@ class HiRadixTree(RadixTree):
             self._count_hit(node, chunked=chunked)
         if self._is_free_leaf(node):
             self._queue.offer(node)
-        return known
+        return known, node
+
+    def touch_path(self, node: TreeNode) -> None:
+        """What `match_prefix` does on the way to a node."""
+        self._touch(self.root_node)
+        for part in _path(node):
+            self._touch(part)
 
     def _attach(self, node: TreeNode) -> None:
         """A host node has been computed again."""
@@ -171,7 +184,7 @@ class HiRadixTree(RadixTree):
         """Add tokens `start` to `end` of a key, read from storage, below a host node; returns how many were there."""
         self._touch(node)
         depth = start
-        index, offset = _place(key, start)
+        index, offset = place_of(key, start)
         while depth < end:
             child = node.children.get(edge_at(key, index, offset, self.page_size))
             if child is None:
@@ -228,7 +241,7 @@ class HiRadixTree(RadixTree):
     def _store(self, node: TreeNode) -> None:
         if self.storage is not None:
             self.observer.storing(node)
-            self.storage.backup(node, node.key())
+            self.storage.backup(node)
             node.host_ref += 1
 
     def release_host(self, node: TreeNode) -> None:
@@ -252,6 +265,8 @@ class HiRadixTree(RadixTree):
     def _is_free_leaf(self, node: TreeNode) -> bool:
         if node.lock_ref > 0 or not node.on_device or not node.alive or node in self._being_written_back:
             return False
+        if not node.children:
+            return True
         return not any(child.on_device and child not in self._being_written_back for child in node.children.values())
 
     def evict(self, num_tokens: int) -> int:
@@ -408,15 +423,16 @@ def _parent(node: TreeNode) -> TreeNode:
     return node.parent
 
 
+def _path(node: TreeNode) -> list[TreeNode]:
+    """The nodes from below the root down to a node."""
+    path = []
+    while (parent := node.parent) is not None:
+        path.append(node)
+        node = parent
+    path.reverse()
+    return path
+
+
 def _is_cut_off(node: TreeNode) -> bool:
     """Whether host eviction has taken a node out of the tree before it was loaded (see `load_back`)."""
     return _parent(node).children.get(node.edge) is not node
-
-
-def _place(key: Runs, depth: int) -> tuple[int, int]:
-    """Run and offset at which token `depth` of a key stands."""
-    for index, (_, length) in enumerate(key):
-        if depth < length:
-            return index, depth
-        depth -= length
-    return len(key), 0

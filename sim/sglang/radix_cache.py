@@ -71,12 +71,18 @@ class RadixCache:
 
     def cache_unfinished_req(self, request: SglangRequest, *, chunked: bool = False) -> None:
         """Insert what has been prefilled, free what others had inserted meanwhile, and move the lock to its end."""
-        key = self.key(request)
-        self._insert(request, key, request.fill_len, chunked=chunked)
-        request.cache_protected_len, node = self._tree.match_prefix(key, request.fill_len)
-        self._tree.dec_lock_ref(request.last_node)
-        self._tree.inc_lock_ref(node)
+        key, tree = self.key(request), self._tree
+        node = self._insert(request, key, request.fill_len, chunked=chunked)
+        # Upstream matches the key anew, and unlocks one path to lock the other: the same, by a longer way.
+        if tree.keeps_locked_paths:
+            tree.touch_path(node)
+            tree.move_lock_ref(request.last_node, node)
+        else:
+            _, node = tree.match_prefix(key, request.fill_len)
+            tree.dec_lock_ref(request.last_node)
+            tree.inc_lock_ref(node)
         request.last_node = node
+        request.cache_protected_len = node.end
         request.prefix_len = request.fill_len
 
     def cache_finished_req(self, request: SglangRequest, *, is_insert: bool = True) -> None:
@@ -90,9 +96,12 @@ class RadixCache:
         self._tree.dec_lock_ref(request.last_node)
         self._prompts.pop(request.row, None)
 
-    def _insert(self, request: SglangRequest, key: Runs, num_tokens: int, *, chunked: bool) -> None:
-        duplicate = self._tree.insert(key, num_tokens, request.priority, chunked=chunked)
+    def _insert(self, request: SglangRequest, key: Runs, num_tokens: int, *, chunked: bool) -> TreeNode:
+        tree = self._tree
+        above = request.last_node if tree.keeps_locked_paths else tree.root_node
+        duplicate, node = tree.extend(above, key, num_tokens, request.priority, chunked=chunked)
         self._pool.free(max(0, duplicate - request.cache_protected_len))
+        return node
 
     def key(self, request: SglangRequest) -> Runs:
         """Its prompt and all outputs it may ever have, as a key: lengths say how much of it is meant."""

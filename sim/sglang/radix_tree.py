@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from kvtwin.sim.sglang.eviction import EvictionKey, EvictionQueue, eviction_policy
 from kvtwin.sim.sglang.observer import CacheObserver
-from kvtwin.sim.sglang.runs import Edge, Runs, common_prefix, cut, edge_at, last_token, merge_runs
+from kvtwin.sim.sglang.runs import Edge, Runs, common_prefix, cut, edge_at, last_token, merge_runs, place_of
 
 
 class TreeNode:
@@ -25,11 +25,12 @@ class TreeNode:
         on_device, on_host: which levels hold its KV.
         host_ref: how many transfers hold it on the host.
         alive: whether it is part of the tree.
+        stored: where storage's index ends alike, once its KV has been written there.
     """
 
     __slots__ = (
         "alive", "children", "creation", "edge", "end", "hit_count", "host_ref", "last_access", "length",
-        "lock_ref", "on_device", "on_host", "parent", "priority", "runs",
+        "lock_ref", "on_device", "on_host", "parent", "priority", "runs", "stored",
     )  # fmt: skip
 
     def __init__(self, parent: TreeNode | None, runs: Runs, length: int, time: int, priority: int) -> None:
@@ -46,6 +47,7 @@ class TreeNode:
         self.priority: int = priority
         self.on_device, self.on_host = True, False
         self.alive = True
+        self.stored: TreeNode | None = None
 
     def key(self) -> Runs:
         """All tokens from the root to its end."""
@@ -74,7 +76,10 @@ class RadixTree:
     Attributes:
         evictable, protected: tokens on the device that may be evicted, and that are locked.
         num_evicted: tokens that have been evicted from the device so far.
+        keeps_locked_paths: a locked node can be found from the root as long as it is locked.
     """
+
+    keeps_locked_paths = True
 
     def __init__(self, page_size: int, policy: str | EvictionKey = "lru", *, counts_hits: bool = False) -> None:
         self.page_size = page_size
@@ -142,9 +147,24 @@ class RadixTree:
     def insert(
         self, key: Runs, num_tokens: int, priority: int = 0, *, inserted_len: int = 0, chunked: bool = False
     ) -> int:
-        """Add a key's first `num_tokens`, in whole pages.
+        """Add a key's first `num_tokens`, in whole pages; returns leading tokens that were there (arguments: `extend`)."""
+        known, _ = self.extend(self.root_node, key, num_tokens, priority, inserted_len=inserted_len, chunked=chunked)
+        return known
+
+    def extend(
+        self,
+        above: TreeNode,
+        key: Runs,
+        num_tokens: int,
+        priority: int = 0,
+        *,
+        inserted_len: int = 0,
+        chunked: bool = False,
+    ) -> tuple[int, TreeNode]:
+        """Add a key's first `num_tokens`, in whole pages, where its beginning is known to be in the tree.
 
         Args:
+            above: the node to which the beginning leads; the root if nothing is known.
             key: the tokens.
             num_tokens: how many of them.
             priority: raises the priority of the path to at least this.
@@ -152,15 +172,23 @@ class RadixTree:
             chunked: the request's prefill goes on; no hits are counted.
 
         Returns:
-            Leading tokens that were there already.
+            Leading tokens that were there already, and the node where the key ends.
         """
         page_size = self.page_size
         limit = num_tokens - num_tokens % page_size
         counts_hits = self.counts_hits and not chunked
         self.time += 1
         time = self.time
-        node = self.root_node
-        depth = index = offset = 0
+        node = above
+        while (parent := node.parent) is not None:
+            node.last_access = time
+            node.priority = max(node.priority, priority)
+            if counts_hits and node.end > inserted_len:
+                node.hit_count += 1
+            node = parent
+        node = above
+        depth = above.end
+        index, offset = place_of(key, depth)
         while depth < limit:
             first, length = key[index]
             edge = first + offset if length - offset >= page_size else edge_at(key, index, offset, page_size)
@@ -189,7 +217,18 @@ class RadixTree:
             self._queue.offer(leaf)
         else:
             self._queue.touch(node)
-        return depth
+        return depth, node
+
+    def touch_path(self, node: TreeNode) -> None:
+        """What `match_prefix` does on the way to a node."""
+        if node.end == 0:
+            return
+        self.time += 1
+        part = node
+        while (parent := part.parent) is not None:
+            part.last_access = self.time
+            part = parent
+        self._queue.touch(node)
 
     def _add_leaf(self, parent: TreeNode, key: Runs, start: int, end: int, priority: int) -> TreeNode:
         self.time += 2  # last access, then creation
@@ -239,6 +278,16 @@ class RadixTree:
             node = parent
         if self._is_free_leaf(start):
             self._queue.offer(start)
+
+    def move_lock_ref(self, above: TreeNode, node: TreeNode) -> None:
+        """Move one lock from a node to one below it, or to itself."""
+        while node is not above:
+            if node.lock_ref == 0:
+                self.evictable -= node.length
+                self.protected += node.length
+            node.lock_ref += 1
+            assert node.parent is not None
+            node = node.parent
 
     def evict(self, num_tokens: int) -> int:
         """Drop unlocked leaves, whole, until at least `num_tokens` are free or none is left; returns tokens dropped."""

@@ -75,6 +75,19 @@ def edge_at(key: Runs, index: int, offset: int, page_size: int) -> Edge:
     return tuple(page)
 
 
+def place_of(key: Runs, depth: int) -> tuple[int, int]:
+    """Run and offset at which token `depth` of a key stands.
+
+    >>> place_of(((0, 6), (7, 4)), 8)
+    (1, 2)
+    """
+    for index, (_, length) in enumerate(key):
+        if depth < length:
+            return index, depth
+        depth -= length
+    return len(key), 0
+
+
 def common_prefix(node_key: Runs, key: Runs, index: int, offset: int) -> tuple[int, int, int]:
     """How far a node's key agrees with the rest of `key` that begins `offset` tokens into run `index`.
 

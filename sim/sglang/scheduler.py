@@ -255,13 +255,12 @@ class SglangScheduler:
         self._drop_finished()
         decodes = self.running
         if decodes:
-            self._allocate_decode()
+            batch.cache_lens += self._allocate_decode()
             for request in decodes:
                 request.fill_len = request.num_tokens
                 request.extend_input_len = 1
             batch.mode = MIXED
             batch.requests = batch.requests + decodes
-            batch.cache_lens += [request.kv_len - 1 for request in decodes]
             batch.input_lens += [1] * len(decodes)
         self.running = []
 
@@ -286,10 +285,8 @@ class SglangScheduler:
                 self.add(request)
         if len(self.running) < num_before:
             self.batch_is_full = False
-        self._allocate_decode()
-        running = self.running
-        cache_lens = [request.kv_len - 1 for request in running]
-        return Batch(DECODE, running, cache_lens, [1] * len(running), 0, retracted=retracted)
+        cache_lens = self._allocate_decode()
+        return Batch(DECODE, self.running, cache_lens, [1] * len(cache_lens), 0, retracted=retracted)
 
     def make_room(self) -> bool:
         """Evict what the next decode would; False where it would retract somebody."""
@@ -311,7 +308,7 @@ class SglangScheduler:
         size = self.pool.page_size
         if size == 1:
             return len(requests)
-        return sum([length % size == 0 for length in self.expected_lens(requests)])
+        return [length % size for length in self.expected_lens(requests)].count(0)
 
     def expected_lens(self, requests: list[SglangRequest]) -> list[int]:
         """Tokens with KV, as they are counted to tell who begins a page with the next decode step."""
@@ -360,32 +357,44 @@ class SglangScheduler:
         if self.pool.available < num_tokens:
             self.cache.evict(num_tokens)
 
-    def _allocate_decode(self) -> None:
+    def _allocate_decode(self) -> list[int]:
+        """A slot for the next token of each running request; returns the tokens with KV before."""
         pool, running = self.pool, self.running
         size = pool.page_size
         self._evict_for(len(running) * size)
-        new = len(running) if size == 1 else size * sum([request.kv_len % size == 0 for request in running])
+        kv_lens = [request.kv_len for request in running]
+        new = len(running) if size == 1 else size * [length % size for length in kv_lens].count(0)
         if not pool.alloc(new):
             raise UpstreamStopError(f"a decode of {len(running)} finds {pool.available} slots: SGLang stops here")
         for request in running:
             request.kv_len += 1
+        return kv_lens
 
     def process(self, batch: Batch) -> list[SglangRequest]:
         """Take in a batch's tokens; returns the requests that finish with it, in order."""
-        finished = []
-        decode = batch.mode == DECODE
-        for place, request in enumerate(batch.requests):
+        finished: list[SglangRequest] = []
+        for request in batch.requests[: batch.num_prefills]:
             if request.finished or request.is_retracted:
                 continue
-            if not decode and request.num_chunks_in_flight > 0:
+            if request.num_chunks_in_flight > 0:
                 request.num_chunks_in_flight -= 1
                 continue
             request.num_outputs += 1
             if request.num_outputs >= request.max_new_tokens:
-                request.finished = True
-                self._some_finished = True
-                finished.append(request)
-                self.cache.cache_finished_req(request)
-            elif place < batch.num_prefills:
+                self._finish(request, finished)
+            else:
                 self.cache.cache_unfinished_req(request)
+        decodes = batch.requests[batch.num_prefills :] if batch.num_prefills else batch.requests
+        for request in decodes:
+            if request.finished or request.is_retracted:
+                continue
+            request.num_outputs += 1
+            if request.num_outputs >= request.max_new_tokens:
+                self._finish(request, finished)
         return finished
+
+    def _finish(self, request: SglangRequest, finished: list[SglangRequest]) -> None:
+        request.finished = True
+        self._some_finished = True
+        finished.append(request)
+        self.cache.cache_finished_req(request)

@@ -13,7 +13,7 @@ from kvtwin.sim.sglang.clock import Clock
 from kvtwin.sim.sglang.observer import CacheObserver
 from kvtwin.sim.sglang.radix_tree import TreeNode
 from kvtwin.sim.sglang.request import SglangRequest
-from kvtwin.sim.sglang.runs import Runs
+from kvtwin.sim.sglang.runs import Runs, cut
 from kvtwin.sim.sglang.storage_index import StorageIndex, StorageLimit
 
 # Pages of one query, read or write (`HiCacheController.storage_batch_size`).
@@ -53,6 +53,22 @@ class Prefetch:
         if not self._ended:
             self._ended = True
             self.request.prefetch_ns = time_ns - self.start_ns
+
+
+@dataclass(slots=True, eq=False)
+class _Backup:
+    """A write of a node's pages.
+
+    Attributes:
+        node, parent: the node, and the one above it: wherever they are cut later, their ends stay.
+        runs: its tokens when the write was asked for.
+        reached: how far storage's index has them by now.
+    """
+
+    node: TreeNode
+    parent: TreeNode
+    runs: Runs
+    reached: TreeNode | None = None
 
 
 @dataclass(slots=True)
@@ -160,16 +176,26 @@ class StorageThreads:
         if self._reading:
             self._read(self._reading[0], 0, time_ns)
 
-    def backup(self, node: TreeNode, key: Runs) -> None:
-        """Write a node's pages, which end `key`, to storage."""
+    def backup(self, node: TreeNode) -> None:
+        """Write a node's pages to storage."""
         self.advance(self._clock.now_ns)
-        start, end = node.end - node.length, node.end
+        assert node.parent is not None
+        backup = _Backup(node, node.parent, node.runs)
+        length = node.length
         batch = _BATCH_PAGES * self._page_size
         time_ns = max(self._clock.now_ns, self._write_free_ns)
-        for first in range(start, end, batch):
-            last = min(first + batch, end)
+        for first in range(0, length, batch):
+            last = min(first + batch, length)
             pages = (last - first) // self._page_size
             time_ns += round(self._times.write_base + pages * self._times.write_per_page)
-            self._at(time_ns, lambda now_ns, first=first, last=last: self.index.put(key, first, last, now_ns))  # type: ignore[misc]
+            self._at(time_ns, lambda now_ns, first=first, last=last: self._written(backup, first, last, now_ns))  # type: ignore[misc]
         self._write_free_ns = time_ns
-        self._at(time_ns, lambda _: self.messages.backed_up.append(node))
+        self._at(time_ns, lambda _: self._backed_up(backup))
+
+    def _written(self, backup: _Backup, first: int, last: int, time_ns: int) -> None:
+        above = backup.reached or backup.parent.stored or self.index.reach(backup.parent.key(), backup.parent.end)
+        backup.reached = self.index.put(above, cut(backup.runs, first, last), last - first, time_ns)
+
+    def _backed_up(self, backup: _Backup) -> None:
+        backup.node.stored = backup.reached
+        self.messages.backed_up.append(backup.node)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from kvtwin.sim.sglang.radix_tree import RadixTree, TreeNode
-from kvtwin.sim.sglang.runs import Runs
+from kvtwin.sim.sglang.runs import Runs, common_prefix, edge_at, place_of
 from kvtwin.traces.errors import InputError
 
 
@@ -70,17 +70,40 @@ class StorageIndex(RadixTree):
         self._oldest: list[tuple[int, int, int, TreeNode]] = []
         self._tidy_at = 1024
 
-    def put(self, key: Runs, start: int, end: int, time_ns: int) -> None:
-        """Hold tokens `start` to `end` of a sequence."""
-        self.insert(key, start)
-        self.insert(key, end)
+    def reach(self, key: Runs, end: int) -> TreeNode:
+        """The node at which a sequence's first `end` tokens end, held or not."""
+        node = self.root_node
+        for node in self._below(node, key, end):  # noqa: B007 - the last one is wanted
+            pass
+        return node
+
+    def put(self, above: TreeNode, key: Runs, num_tokens: int, time_ns: int) -> TreeNode:
+        """Hold the first `num_tokens` of a key that goes on where the path to a node ends; returns where it ends."""
         self._num_uses += 1
-        for node, depth in self.walk(key, end):
-            if depth <= start:
-                continue
+        node = above
+        for node in self._below(above, key, num_tokens):
             if not node.on_host:
                 self._admit(node, time_ns)
             self._use(node)
+        return node
+
+    def _below(self, node: TreeNode, key: Runs, num_tokens: int) -> Iterator[TreeNode]:
+        """Nodes along a key that begins below a node, made or split as need be."""
+        depth = index = offset = 0
+        while depth < num_tokens:
+            child = node.children.get(edge_at(key, index, offset, self.page_size))
+            if child is None:
+                child = self._add_leaf(node, key, depth, num_tokens, 0)
+            else:
+                common, index, offset = common_prefix(child.runs, key, index, offset)
+                common = min(common, num_tokens - depth)
+                if common < child.length:
+                    common -= common % self.page_size
+                    child = self._split(child, common)
+                    index, offset = place_of(key, depth + common)
+            depth += child.length
+            node = child
+            yield node
 
     def count(self, key: Runs, start: int, end: int) -> int:
         """How many tokens from `start` on are held without a gap, up to `end`."""

@@ -103,13 +103,13 @@ def advance(scheduler: SglangScheduler, num_steps: int, *, record: bool) -> tupl
         begun = pages_begun([request.kv_len for request in running], pool.page_size, num_steps)
         available = (pool.available - pool.page_size * np.cumsum(begun)).tolist()
     scheduler.prepare_preemption()
-    taken = 0
+    size, pages = pool.page_size, 0
     for request in running:
-        taken -= pool.ceil(request.kv_len)
-        request.kv_len += num_steps
+        before = request.kv_len
+        request.kv_len = after = before + num_steps
         request.num_outputs += num_steps
-        taken += pool.ceil(request.kv_len)
-    pool.available -= taken
+        pages += (after - 1) // size - (before - 1) // size
+    pool.available -= size * pages
     ratios = list(_decayed(scheduler, num_steps))
     scheduler.new_token_ratio = ratios[-1]
     return available, ratios

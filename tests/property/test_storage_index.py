@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvtwin.sim.sglang.runs import Runs, merge_runs, num_tokens
+from kvtwin.sim.sglang.runs import Runs, cut, merge_runs, num_tokens
 from kvtwin.sim.sglang.storage_index import StorageIndex, StorageLimit
 from kvtwin.traces.errors import InputError
 
@@ -78,7 +78,7 @@ def test_runs_are_held_as_pages_are(
         start = min(first * page_size, whole)
         end = min(start + pages * page_size, whole)
         if kind == "put":
-            index.put(key, start, end, 0)
+            index.put(index.reach(key, start), cut(key, start, end), end - start, 0)
             files.put(key, start, end)
         elif kind == "count":
             assert index.count(key, start, end) == files.count(key, start, end)
