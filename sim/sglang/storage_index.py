@@ -73,7 +73,7 @@ class StorageIndex(RadixTree):
     def reach(self, key: Runs, end: int) -> TreeNode:
         """The node at which a sequence's first `end` tokens end, held or not."""
         node = self.root_node
-        for node in self._below(node, key, end):  # noqa: B007 - the last one is wanted
+        for node in self._below(self.root_node, key, end):  # noqa: B007 - the last one is wanted
             pass
         return node
 
