@@ -86,7 +86,7 @@ class Admission:
             # Its token from before the preemption is still to come: resuming now could sample it twice.
             return _Outcome.PASSED_OVER
         hits = NO_BLOCKS
-        if not request.num_computed_tokens:
+        if not len(request.blocks):
             hits = self._kv.computed_blocks(request)
             if self._offload is not None:
                 num_blocks = self._offload.lookup(request, len(hits))
@@ -136,13 +136,14 @@ class Admission:
             return _Outcome.REFUSED
         num_new_tokens = min(num_new_tokens, call.budget)
         whole, watermark = self._config.scheduler_reserve_full_isl, bool(running)
-        if request.num_computed_tokens:  # it has fetched them
+        has_fetched = len(request.blocks) > 0
+        if has_fetched:
             fits = self._kv.can_resume(request, num_new_tokens, whole_sequence=whole, watermark=watermark)
         else:
             fits = self._kv.can_admit(request, num_new_tokens, hits, whole_sequence=whole, watermark=watermark)
         if not fits:
             return _Outcome.REFUSED
-        if not request.num_computed_tokens:
+        if not has_fetched:
             self._kv.admit(request, hits)
         self._kv.grow(request, num_new_tokens)
         request.status = Status.RUNNING

@@ -36,6 +36,10 @@ class VllmRules:
             `skipped_waiting`), else only those that hold blocks have (0.32 `kv_holding_waiting`).
         offloads_by_job: every copy to the host counts by itself (0.32 `OffloadingConnectorScheduler`), else those of a
             request together (0.19); see `offload/`.
+        queues_empty_batches: an empty batch takes a place in the queue of batches in flight as any other does
+            (`EngineCore.step_with_batch_queue`, 0.32), else it is taken in at once.
+        holds_back_written_blocks: with two batches in flight and blocks that are loaded, those of a request that is gone
+            are free only when no step can write them any more (`Scheduler.defer_block_free`, 0.32).
         reserves_for_loads: blocks are loaded only beside what the prefills under way still need
             (`Scheduler._inflight_prefill_reserved_blocks`, 0.32).
     """
@@ -47,13 +51,15 @@ class VllmRules:
     has_watermark: bool
     has_skipped_queue: bool
     offloads_by_job: bool
+    queues_empty_batches: bool
+    holds_back_written_blocks: bool
     reserves_for_loads: bool
 
 
 VLLM_RULES: Mapping[str, VllmRules] = MappingProxyType(
     {
-        "0.19": VllmRules(False, False, False, False, False, True, False, False),
-        "0.32": VllmRules(True, True, True, True, True, False, True, True),
+        "0.19": VllmRules(False, False, False, False, False, True, False, False, False, False),
+        "0.32": VllmRules(True, True, True, True, True, False, True, True, True, True),
     }
 )
 
@@ -91,6 +97,8 @@ class VllmConfig:
         tensor_parallel_size: GPUs that share each layer.
         kv_offloading_size: host memory for KV blocks below the GPU's, in GiB; 0 for none.
         kv_offloading_backend: "native", vLLM's `OffloadingConnector`.
+        offload_prompt_only: blocks that hold output tokens are not offloaded (0.32, in `kv_connector_extra_config`; 0.19
+            offloads them all).
         kv_offloading_disk_size: disk below that host memory, in GiB; 0 for none (not a vLLM option: the size of what is
             its `fs` tier).
         preemption_mode: what becomes of a preempted request's KV, "recompute" or "swap" (an option of V0, as is
@@ -117,6 +125,7 @@ class VllmConfig:
     tensor_parallel_size: int = 1
     kv_offloading_size: float = 0.0
     kv_offloading_backend: str = "native"
+    offload_prompt_only: bool = True
     kv_offloading_disk_size: float = 0.0
     preemption_mode: Literal["recompute", "swap"] = "recompute"
     swap_space: float = 4.0

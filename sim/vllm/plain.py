@@ -109,7 +109,8 @@ class PlainLoop:
             batch = self._schedule()
             executed, preempted = not batch.plan.is_empty, bool(batch.plan.preempted)
             self.in_flight.append(batch)
-            if len(self.in_flight) < self.depth and executed:
+            fills = executed or (self._config.rules.queues_empty_batches and self.scheduler.has_requests)
+            if len(self.in_flight) < self.depth and fills:
                 return True  # step_with_batch_queue: fill the queue first
         if self.in_flight:
             done = self.in_flight.popleft()

@@ -45,6 +45,7 @@ class Request:
         num_stale_output_tokens: those of them scheduled before the latest preemption (0.32).
         blocks: its KV blocks, in order.
         num_cached_blocks: how many of them the prefix cache has been told of.
+        last_step: the last step that it was scheduled for, counted from 1 (`freeing.py`).
     """
 
     row: int
@@ -63,6 +64,7 @@ class Request:
     num_stale_output_tokens: int = 0
     blocks: IntArray = field(default_factory=lambda: NO_BLOCKS)
     num_cached_blocks: int = 0
+    last_step: int = 0
 
     @property
     def num_tokens(self) -> int:

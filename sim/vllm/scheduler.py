@@ -16,6 +16,7 @@ from __future__ import annotations
 from kvtwin.sim.vllm.admission import Admission
 from kvtwin.sim.vllm.block_pool import Pool
 from kvtwin.sim.vllm.config import VllmConfig
+from kvtwin.sim.vllm.freeing import Freeing
 from kvtwin.sim.vllm.kv_manager import KVCacheManager
 from kvtwin.sim.vllm.offload.connector import Connector, Scheduled
 from kvtwin.sim.vllm.plan import Call, StepPlan
@@ -49,6 +50,8 @@ class VllmScheduler:
             max_model_len=config.max_model_len,
             watermark_blocks=int(config.watermark * config.num_gpu_blocks),
         )
+        waits = offload is not None and config.async_scheduling and config.rules.holds_back_written_blocks
+        self._freeing = Freeing(self.kv, waits=waits)
         self._admission = Admission(config, requests, self.kv, offload)
         self.waiting = self._admission.waiting
         self.running: list[Request] = []
@@ -99,7 +102,10 @@ class VllmScheduler:
                 index += 1
                 continue
             while not self.kv.can_grow(request, num_new_tokens):
-                victim, index = self._preempt(call, index)
+                victim = self._victim()
+                if not self._freeing.is_possible(victim):
+                    return
+                index = self._preempt(victim, call, index)
                 if victim is request:
                     return
             num_held = len(request.blocks)
@@ -119,12 +125,16 @@ class VllmScheduler:
         # The position after the input, where the sampled token goes, must stay within the model's length.
         return min(num_tokens, call.budget, self.config.max_model_len - 1 - request.num_computed_tokens)
 
-    def _preempt(self, call: Call, index: int) -> tuple[Request, int]:
-        """Take the blocks from a victim; returns it and where the loop over `running` goes on."""
+    def _victim(self) -> Request:
         if self.config.policy == "fcfs":
-            victim = self.running.pop()
+            return self.running[-1]
+        return max(self.running, key=lambda request: (request.priority, request.arrival_ns))
+
+    def _preempt(self, victim: Request, call: Call, index: int) -> int:
+        """Take the blocks from a victim; returns where the loop over `running` goes on."""
+        if self.config.policy == "fcfs":
+            self.running.pop()
         else:
-            victim = max(self.running, key=lambda request: (request.priority, request.arrival_ns))
             place = self.running.index(victim)
             del self.running[place]
             was_scheduled = call.take_back(victim)
@@ -134,18 +144,18 @@ class VllmScheduler:
             self._offload.preempted(victim)
             self._admission.prompt_done(victim)
         call.preempted.append(victim)
-        self.kv.free(victim)
+        self._freeing.free(victim)
         if self._swap is not None and self._swap.take(victim):
             victim.status = Status.SWAPPED
             self.swapped.append(victim)
-            return victim, index
+            return index
         victim.status = Status.WAITING
         victim.num_computed_tokens = 0
         if self._rules.hold_back_stale_output:
             victim.num_stale_output_tokens = victim.num_in_flight_tokens
             victim.num_output_placeholders = 0
         self.waiting.appendleft(victim.row)
-        return victim, index
+        return index
 
     def device_ready_ns(self, start_ns: int) -> int:
         """When the device may run what was scheduled last, which would be at `start_ns`: swaps run before it."""
@@ -188,6 +198,8 @@ class VllmScheduler:
                 request.num_output_placeholders += 1
             if reaches_end and self._offload is not None:
                 self._admission.prompt_done(request)
+        if call.tokens:
+            self._freeing.step_scheduled(call.tokens)
         return StepPlan(
             requests=list(call.tokens),
             cache_lens=cache_lens,
@@ -205,6 +217,7 @@ class VllmScheduler:
 
         Blocks are freed in the order of the batch, which fixes the order of the free queue.
         """
+        self._freeing.step_taken_in()
         finished = []
         for request, num_tokens, sampled in zip(plan.requests, plan.input_lens, plan.samples, strict=True):
             request.num_in_flight_tokens -= num_tokens
@@ -228,7 +241,7 @@ class VllmScheduler:
         if request.num_output_tokens < request.max_tokens and not at_limit:
             return False
         if self._offload is None or not self._offload.finished(request):
-            self.kv.free(request)
+            self._freeing.free(request)
         return True
 
     def _retire(self, finished: list[Request]) -> None:

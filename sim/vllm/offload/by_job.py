@@ -54,17 +54,23 @@ class JobConnector(Connector):
             for block in np.concatenate([NO_BLOCKS, *scheduled.allocated]).tolist():
                 self._flushed |= self._fences.get(block, set())
         for request, num_tokens in scheduled.tokens.items():
-            # Tokens in flight are not known yet, so neither are the keys of their blocks.
-            self._store(request, min(request.num_computed_tokens + num_tokens, request.num_tokens), request.blocks)
+            self._store(
+                request, self._num_offloadable(request, request.num_computed_tokens + num_tokens), request.blocks
+            )
         for request in self._finished:
             self._end(request, scheduled.allocated)
         self._finished = []
+
+    def _num_offloadable(self, request: Request, num_computed_tokens: int) -> int:
+        # Tokens in flight are not known yet, so neither are the keys of their blocks.
+        most = request.num_prompt_tokens if self._prompt_only else request.num_tokens
+        return min(num_computed_tokens, most)
 
     def _end(self, request: Request, allocated: Sequence[IntArray]) -> None:
         """Store a finished request's last blocks, and make all that it used the most recent."""
         tracked = self._track(request.row)
         # The last token is sampled and never computed.
-        num_tokens = max(request.num_prompt_tokens, request.num_tokens - 1)
+        num_tokens = self._num_offloadable(request, max(request.num_prompt_tokens, request.num_tokens - 1))
         job = self._store(request, min(num_tokens, len(tracked.blocks) * self._block_size), tracked.blocks)
         if job is not None:
             self._fence(job)

@@ -109,6 +109,7 @@ class Connector(ABC):
         times: RequestTimes,
         log: CacheLog | None,
     ) -> None:
+        self._prompt_only = config.offload_prompt_only
         self._block_size, self._pool, self._times, self._log = config.block_size, pool, times, log
         self.host = Level(config.num_host_blocks, num_keys, lambda keys: self._note(HOST, "evict", keys))
         self.disk: Disk | None = None
@@ -151,7 +152,7 @@ class Connector(ABC):
     # --- time ------------------------------------------------------------------------------------------------------
 
     def next_ns(self) -> int | None:
-        """When the next transfer ends."""
+        """When the next transfer ends; 0 if the next step can do something for one."""
         times = (self._worker.next_ns(), self.disk.next_ns() if self.disk is not None else None)
         return min((time_ns for time_ns in times if time_ns is not None), default=None)
 
@@ -188,6 +189,8 @@ class Connector(ABC):
         """The last request has finished: let the transfers end."""
         while self.has_jobs:
             self._now_ns = self.before_forward(max(self._now_ns, self.next_ns() or 0))
+            if self._log is not None:
+                self._log.now_ns = self._now_ns
             self.take_in(self.after_launch(self._now_ns, None), self._now_ns)
             if self.disk is not None:
                 self.disk.end_schedule(self._now_ns)

@@ -58,7 +58,9 @@ class Worker:
         self._last_end_ns = 0  # of the last step on the device
 
     def next_ns(self) -> int | None:
-        """When the next copy ends."""
+        """When the next copy ends; 0 if some wait for a step to submit them."""
+        if self._unsent:
+            return 0
         return min((jobs[0].end_ns for jobs in self._running.values() if jobs), default=None)
 
     @property
