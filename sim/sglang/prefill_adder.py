@@ -53,9 +53,12 @@ class PrefillAdder:
         # Upstream adds the sum to the int, in this order: the last bit of the float depends on it.
         self._total_offset: float = mixed
         if running:
-            left = [request.max_new_tokens - request.num_outputs for request in running]
             ratio, clip = new_token_ratio, CLIP_MAX_NEW_TOKENS
-            self._total_offset += sum([(tokens if tokens < clip else clip) * ratio for tokens in left])  # noqa: FURB136 - 1e6 calls less
+            self._total_offset += sum([
+                (left if left < clip else clip) * ratio  # noqa: FURB136 - 1e6 calls less
+                for request in running
+                for left in (request.max_new_tokens - request.num_outputs,)
+            ])  # fmt: skip
         self.can_run: list[SglangRequest] = []
         self.new_chunked: SglangRequest | None = None
         self.preempted: list[SglangRequest] = []

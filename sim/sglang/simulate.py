@@ -15,6 +15,7 @@ from kvtwin.sim.progress import Progress
 from kvtwin.sim.sglang.build_cache import build_cache
 from kvtwin.sim.sglang.cache_record import CacheRecorder
 from kvtwin.sim.sglang.clock import Clock
+from kvtwin.sim.sglang.collector import collector_off
 from kvtwin.sim.sglang.config import SglangConfig, rules_version
 from kvtwin.sim.sglang.engine import Observer, SglangEngine
 from kvtwin.sim.sglang.hi_cache import HiRadixCache
@@ -62,7 +63,8 @@ def simulate_sglang(
     arrival_ns, order = order_at_the_engine(workload.requests, host)
     for request, time_ns in zip(requests, arrival_ns.tolist(), strict=True):
         request.arrival_ns = time_ns
-    engine.run([requests[row] for row in order.tolist()])
+    with collector_off():
+        engine.run([requests[row] for row in order.tolist()])
     core_s = time.perf_counter() - started
     tables = recorder.tables(workload.requests, requests)
     if record_cache:
@@ -119,7 +121,8 @@ def build_requests(workload: Run, config: SglangConfig) -> list[SglangRequest]:
     block_tokens = workload.info.hash_block_tokens or 0
     nodes = sequence_nodes(table, block_tokens) if block_tokens else [[] for _ in range(table.num_rows)]
     is_answered = table.column("output_block_hashes").is_valid().to_pylist()
-    unused = block_tokens * (1 + max((max(chain) for chain in nodes if chain), default=-1))
+    # Ids that nobody has, each range a token apart from the one before: no run goes on into another.
+    unused = block_tokens * (1 + max((max(chain) for chain in nodes if chain), default=-1)) + 1
     unset = unset_priority(config)
     requests = []
     for row, (arrival_ns, prompt, output, priority) in enumerate(zip(*columns, strict=True)):
@@ -134,8 +137,8 @@ def build_requests(workload: Run, config: SglangConfig) -> list[SglangRequest]:
                 arrival_ns=arrival_ns,
                 num_prompt_tokens=prompt,
                 max_new_tokens=output,
-                prompt_runs=merge_runs([*cut(known, 0, prompt), (unused, left)]),
-                output_runs=merge_runs([*cut(known, prompt, known_end), own_outputs]),
+                prompt_runs=cut(known, 0, prompt) + (((unused, left),) if left else ()),
+                output_runs=(*cut(known, prompt, known_end), own_outputs),
                 priority=unset if priority is None else priority,
             )
         )

@@ -61,13 +61,14 @@ class _Backup:
 
     Attributes:
         node, parent: the node, and the one above it: wherever they are cut later, their ends stay.
-        runs: its tokens when the write was asked for.
+        runs, length: its tokens when the write was asked for.
         reached: how far storage's index has them by now.
     """
 
     node: TreeNode
     parent: TreeNode
     runs: Runs
+    length: int
     reached: TreeNode | None = None
 
 
@@ -180,8 +181,7 @@ class StorageThreads:
         """Write a node's pages to storage."""
         self.advance(self._clock.now_ns)
         assert node.parent is not None
-        backup = _Backup(node, node.parent, node.runs)
-        length = node.length
+        backup, length = _Backup(node, node.parent, node.runs, node.length), node.length
         batch = _BATCH_PAGES * self._page_size
         time_ns = max(self._clock.now_ns, self._write_free_ns)
         for first in range(0, length, batch):
@@ -194,7 +194,8 @@ class StorageThreads:
 
     def _written(self, backup: _Backup, first: int, last: int, time_ns: int) -> None:
         above = backup.reached or backup.parent.stored or self.index.reach(backup.parent.key(), backup.parent.end)
-        backup.reached = self.index.put(above, cut(backup.runs, first, last), last - first, time_ns)
+        runs = cut(backup.runs, first, last) if first or last < backup.length else backup.runs
+        backup.reached = self.index.put(above, runs, last - first, time_ns)
 
     def _backed_up(self, backup: _Backup) -> None:
         backup.node.stored = backup.reached
