@@ -16,8 +16,10 @@ FloatArray = npt.NDArray[np.float64]
 
 _FEW_ROWS: Final = 5  # dependence cannot be seen in fewer
 _LEAST_WAVES: Final = 4
-_WAVES: Final = 0.12  # x n^(2/3) waves
-_BLOCKS_PER_WAVE: Final = 3
+_WAVES: Final = 0.06  # x n^(2/3) waves
+_BLOCK: Final = 16  # rows
+_LEAST_BLOCKS: Final = 24
+_BLOCKS_PER_WAVE: Final = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +44,14 @@ def variance_of_mean(series: FloatArray, *, independent: bool = False) -> MeanVa
 
     1. An AR(1) is taken out, so that what is left is nearly flat (Andrews & Monahan 1992). Its coefficient is the
        correlation of neighbours, corrected for its bias (1 + 3 rho) / n (Kendall 1954) and bounded by 0 and
-       1 - 1 / sqrt(n) (Sul, Phillips & Choi 2005).
+       1 - 1 / sqrt(n) (Sul, Phillips & Choi 2005). Then another is taken out of the sums of 16 rows where theirs is
+       more than chance: a slow wave of load under rows that each have a size of their own shows in sums only.
     2. The spectrum of the rest at zero is the mean square of its first B cosine coefficients (Mueller 2007; Lazarus,
-       Lewis, Stock & Watson 2018, "HAR inference"), B = 0.12 n^(2/3) and at least 4: fewer than the 0.4 n^(2/3) of
+       Lewis, Stock & Watson 2018, "HAR inference"), B = 0.06 n^(2/3) and at least 4: fewer than the 0.4 n^(2/3) of
        that paper, because queues have longer memories than macroeconomic series. The AR(1) is then put back.
-    3. Each of the three estimates has a relative variance: 2 / B of the coefficients, excess kurtosis / n where few
-       rows carry the sum (of 3 B blocks, so that a burst counts as one), and 4 (1 + rho) / ((1 - rho) n) of the
-       AR(1). The degrees of freedom are 2 / their sum (Satterthwaite 1946).
+    3. Each of the estimates has a relative variance: 2 / B of the coefficients, excess kurtosis / n where few rows
+       carry the sum (of 6 B blocks, so that a burst counts as one), and 4 (1 + rho) / ((1 - rho) n) of an AR(1). The
+       degrees of freedom are 2 / their sum (Satterthwaite 1946).
     4. The skewness is that of the same blocks, divided by the root of their number.
 
     Args:
@@ -65,10 +68,10 @@ def variance_of_mean(series: FloatArray, *, independent: bool = False) -> MeanVa
     slow = _SlowPart.of(series, independent=independent)
     if slow is None:
         return MeanVariance(0.0, np.inf, float(n))
-    rho, waves = slow.rho, len(slow.waves)
+    waves = len(slow.waves)
     level = float(np.mean(slow.waves**2))
     tails, skewness = _shape_of_sums(slow.rest, waves)
-    doubt = 2 / waves + tails + (4 * (1 + rho) / ((1 - rho) * n) if rho else 0.0)
+    doubt = 2 / waves + tails + slow.doubt
     rows = min(float(n), n * float(np.var(series)) / level) if level > 0 else float(n)
     return MeanVariance(level / n, max(2 / doubt, 1.0), rows, skewness)
 
@@ -90,14 +93,14 @@ class _SlowPart:
     """A series seen from afar.
 
     Attributes:
-        rho: of the AR(1) that was taken out.
-        rest: what it leaves.
+        rest: what is left of the series, or of its blocks, without its AR(1)s.
         waves: the first cosine coefficients of the series, the mean left out; their mean square is the spectrum at 0.
+        doubt: relative variance of that spectrum because the AR(1)s are estimates.
     """
 
-    rho: float
     rest: FloatArray
     waves: FloatArray
+    doubt: float
 
     @classmethod
     def of(cls, series: FloatArray, *, independent: bool = False) -> _SlowPart | None:
@@ -105,19 +108,44 @@ class _SlowPart:
         from scipy.fft import dct
 
         n = len(series)
-        centred = series - series.mean()
-        square = float(centred @ centred)
-        if square == 0:
+        rest = series - series.mean()
+        if not rest.any():
             return None
-        if independent or n < _FEW_ROWS:
-            rho, rest, waves = 0.0, centred, n - 1
-        else:
-            rho = _neighbours(centred, square)
-            rest = centred[1:] - rho * centred[:-1]
-            rest -= rest.mean()
+        waves, gain, doubt = n - 1, 1.0, 0.0
+        if not independent and n >= _FEW_ROWS:
+            rest, rho = _without_neighbours(rest)
             waves = min(max(_LEAST_WAVES, int(_WAVES * len(rest) ** (2 / 3))), len(rest) - 1)
-        found: FloatArray = dct(rest, type=2, norm="ortho")[1 : waves + 1]  # orthonormal
-        return cls(rho, rest, found / (1 - rho))
+            gain, doubt = 1 / (1 - rho), _doubt_of(rho, n)
+            blocks = _sums(rest, len(rest) // _BLOCK)
+            if len(blocks) >= _LEAST_BLOCKS and correlation_of_neighbours(blocks) > 1 / np.sqrt(len(blocks)):
+                gain /= np.sqrt(len(rest) / len(blocks))  # a sum of 16 rows varies by 16 times as much
+                rest, rho = _without_neighbours(blocks)
+                gain, doubt = gain / (1 - rho), doubt + _doubt_of(rho, len(blocks))
+        found: FloatArray = gain * dct(rest, type=2, norm="ortho")[1 : waves + 1]  # orthonormal
+        return cls(rest, found, doubt)
+
+
+def _without_neighbours(centred: FloatArray) -> tuple[FloatArray, float]:
+    """What an AR(1) leaves of rows, less its mean, and the coefficient of that AR(1)."""
+    n = len(centred)
+    rho = correlation_of_neighbours(centred)
+    rho = float(np.clip(rho + (1 + 3 * rho) / n, 0.0, 1 - 1 / np.sqrt(n)))
+    rest = centred[1:] - rho * centred[:-1]
+    return rest - rest.mean(), rho
+
+
+def _doubt_of(rho: float, n: int) -> float:
+    """Relative variance that the estimate of an AR(1) from n rows adds to the spectrum at zero."""
+    return 4 * (1 + rho) / ((1 - rho) * n) if rho else 0.0
+
+
+def _sums(rest: FloatArray, blocks: int) -> FloatArray:
+    """Of blocks of rows, as equal as can be, less their mean."""
+    if blocks < 1:
+        return np.zeros(0)
+    sums = np.add.reduceat(rest, np.linspace(0, len(rest), blocks, endpoint=False).astype(np.int64))
+    centred: FloatArray = sums - sums.mean()
+    return centred
 
 
 def correlation_of_neighbours(series: FloatArray) -> float:
@@ -125,12 +153,6 @@ def correlation_of_neighbours(series: FloatArray) -> float:
     centred = series - series.mean()
     square = float(centred @ centred)
     return float(centred[1:] @ centred[:-1]) / square if square > 0 else 0.0
-
-
-def _neighbours(centred: FloatArray, square: float) -> float:
-    n = len(centred)
-    rho = float(centred[1:] @ centred[:-1]) / square
-    return float(np.clip(rho + (1 + 3 * rho) / n, 0.0, 1 - 1 / np.sqrt(n)))
 
 
 def _shape_of_sums(rest: FloatArray, waves: int) -> tuple[float, float]:
@@ -141,8 +163,7 @@ def _shape_of_sums(rest: FloatArray, waves: int) -> tuple[float, float]:
         skewness of their mean.
     """
     blocks = min(_BLOCKS_PER_WAVE * waves, len(rest))
-    sums = np.add.reduceat(rest, np.linspace(0, len(rest), blocks, endpoint=False).astype(np.int64))
-    sums -= sums.mean()
+    sums = _sums(rest, blocks)
     variance = float(np.mean(sums**2))
     if blocks < 3 or variance == 0:
         return 0.0, 0.0

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final
 
 import numpy as np
@@ -34,7 +35,23 @@ FloatArray = npt.NDArray[np.float64]
 stream = rng.stream  # one of its own for each name: one more draw shifts no other's
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
+class Load:
+    """How busy it was at each row, told by something with its memory.
+
+    Attributes:
+        values: shape (n,).
+    """
+
+    values: FloatArray
+
+    @cached_property
+    def num_seen(self) -> float:
+        """How many independent loads there are: at most as many as rows."""
+        return variance_of_mean(self.values).rows
+
+
+@dataclass(frozen=True)
 class Statistic:
     """A number of a sample, and how each row pulls at it.
 
@@ -46,8 +63,9 @@ class Statistic:
             another (arrival, time).
         num_rows: how many of them the value rests on.
         is_error: whether the value is `level` - 1.
-        spread: how much larger the variance is than the influence shows; None for a mean.
-        sizes: what each row measured, shape (n,), where the value is an error of these rows; else None.
+        tail: of a quantile, the share of rows beyond it; 1 for a mean.
+        spread: how much larger the variance is than the influence shows.
+        load: of the same rows, where errors may hang on it; None where not.
     """
 
     value: float
@@ -55,13 +73,22 @@ class Statistic:
     influence: FloatArray
     num_rows: int
     is_error: bool
-    spread: float | None = None
-    sizes: FloatArray | None = None
+    tail: float = 1.0
+    spread: float = 1.0
+    load: Load | None = None
 
-    def variance(self, *, independent: bool = False) -> MeanVariance:
-        """Of the logarithm of `level`; a quantile is not skewed, for no row pulls at it by more than its place."""
-        found = variance_of_mean(self.influence, independent=independent)
-        return found if self.spread is None else MeanVariance(found.variance * self.spread, found.dof, found.rows)
+    @cached_property
+    def variance(self) -> MeanVariance:
+        """Of the logarithm of `level`."""
+        return self.scaled(variance_of_mean(self.influence))
+
+    def scaled(self, found: MeanVariance) -> MeanVariance:
+        """The variance of the influence's mean as that of `level`'s logarithm.
+
+        A quantile is not skewed, for no row pulls at it by more than its place.
+        """
+        skewness = found.skewness if self.tail == 1 else 0.0
+        return MeanVariance(found.variance * self.spread, found.dof, found.rows, skewness)
 
     def stretch(self) -> tuple[float, float]:
         """By what the two sides of the interval are longer, because errors may hang on the load.
@@ -69,19 +96,29 @@ class Statistic:
         Where a request waits for those before it, busy spells are long, few and unequal, and most short runs lack the
         worst of them (Whitt 1989, "Planning queueing simulations"): such a run shows errors that are too small *and*
         vary too little, so that what misses, misses on that side. The side towards busier runs is therefore longer
-        by 2 |r| (1 - m / n): r says how the influence follows the sizes over long stretches (`slow_correlation`), m
-        how many independent sizes there are. Where sizes do not depend on their neighbours, nothing changes; where
-        errors do not hang on them, r is small, and longer on one side covers at most 97.5 %.
+        by 2 |r| (1 - m / n): r says how the influence follows the load over long stretches (`slow_correlation`), m
+        how many independent loads were seen. Where the load does not depend on its neighbours, nothing changes; where
+        errors do not hang on it, r is small, and longer on one side covers at most 97.5 %.
         """
-        if self.sizes is None:
+        if self.load is None:
             return 1.0, 1.0
-        towards = slow_correlation(self.influence, self.sizes)
-        longer = 1 + _LONGER * abs(towards) * (1 - self.sizes_known() / len(self.sizes))
+        towards = slow_correlation(self.influence, self.load.values)
+        longer = 1 + _LONGER * abs(towards) * (1 - self.loads_seen / len(self.influence))
         return (longer, 1.0) if towards < 0 else (1.0, longer)
 
-    def sizes_known(self) -> float:
-        """As many independent sizes as there are."""
-        return variance_of_mean(self.sizes).rows if self.sizes is not None else float(len(self.influence))
+    @property
+    def loads_seen(self) -> float:
+        """How many independent loads there were."""
+        return self.load.num_seen if self.load is not None else float(len(self.influence))
+
+    @property
+    def hangs_on_a_spell(self) -> bool:
+        """Whether fewer than two independent loads lie beyond a quantile, where neighbours share theirs.
+
+        Such a quantile is that of the busiest spell which the run happened to have: how another would differ, one does
+        not tell.
+        """
+        return self.loads_seen * self.tail < _LEAST_BEYOND and self.loads_seen * _SHARED < len(self.influence)
 
 
 Interval = tuple[float, float]
@@ -94,6 +131,8 @@ _INDEPENDENT_ROWS: Final = 16  # what the window holds at least where the varian
 _WIDER: Final = 1.1
 _FEW: Final = 20  # independent rows
 _LONGER: Final = 2.0
+_SHARED: Final = 8  # rows that have one load between them
+_LEAST_BEYOND: Final = 2  # what differs, two are needed to see
 _STRAIGHT: Final = 1e-6  # a skewness that bends nothing, but would be divided by
 
 
@@ -188,7 +227,7 @@ def _quantiles(
     if wide > width:
         _, influence = _in_window(columns, powers, q, wide)
         spread = _rows_in_window(n, q, wide) / _rows_in_window(n, q, width)
-    return Statistic(value, level, influence, n, is_error, spread)
+    return Statistic(value, level, influence, n, is_error, tail=min(q, 1 - q), spread=spread)
 
 
 def _in_window(
@@ -237,7 +276,9 @@ def _rows_in_window(n: int, q: float, width: float) -> float:
 
 
 def interval(statistic: Statistic, *, independent: bool = False) -> Interval | None:
-    """The 95 % interval of a statistic; None where it would say nothing (no value, or fewer than five rows).
+    """The 95 % interval of a statistic.
+
+    None where it would say nothing: no value, fewer than five rows, a quantile that hangs on a single spell of load.
 
     What such intervals cover is measured in tests/fidelity/test_coverage.py (validate/README.md has the table).
 
@@ -245,9 +286,11 @@ def interval(statistic: Statistic, *, independent: bool = False) -> Interval | N
         statistic: from this module.
         independent: whether the rows are known not to depend on one another.
     """
-    if statistic.num_rows < _MIN_ROWS or not np.isfinite(statistic.value):
+    if statistic.num_rows < _MIN_ROWS or not np.isfinite(statistic.value) or statistic.hangs_on_a_spell:
         return None
-    found = statistic.variance(independent=independent)
+    found = statistic.variance
+    if independent:
+        found = statistic.scaled(variance_of_mean(statistic.influence, independent=True))
     plain, longer = (
         around(statistic.level, found, statistic.value, statistic.is_error, stretch)
         for stretch in ((1.0, 1.0), statistic.stretch())
@@ -265,7 +308,7 @@ def ratio_interval(measured: Statistic, simulated: Statistic) -> Interval | None
     value = relative_error(measured.value, simulated.value)
     if min(measured.num_rows, simulated.num_rows) < _MIN_ROWS or not np.isfinite(value) or not measured.level > 0:
         return None
-    one, two = measured.variance(), simulated.variance()
+    one, two = measured.variance, simulated.variance
     both = one.variance + two.variance
     doubt = one.variance**2 / one.dof + two.variance**2 / two.dof
     together = MeanVariance(both, both**2 / doubt if doubt > 0 else float("inf"), min(one.rows, two.rows))
@@ -310,9 +353,11 @@ def _bent(t: float, skewness: float) -> float:
 def describe(statistic: Statistic, rows: str) -> str:
     """How much its rows (called `rows`) tell, and whether that is too little for the interval to be trusted."""
     # Rows that the value does not rest on (other regimes) pull at nothing, but are there: the share is that of all.
-    known = min(statistic.variance().rows, statistic.sizes_known())
+    known = min(statistic.variance.rows, statistic.loads_seen)
     independent = statistic.num_rows * known / len(statistic.influence)
     few = ": the interval may be too narrow" if independent < _FEW else ""
+    if statistic.hangs_on_a_spell:
+        few = ": too few for an interval of a quantile, which hangs on the busiest spell alone"
     return f"{statistic.num_rows} {rows}, as good as {independent:.0f} independent ones{few}"
 
 

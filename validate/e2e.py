@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kvtwin.calibrate import noise, stats
-from kvtwin.calibrate.stats import FloatArray, Interval, Statistic
+from kvtwin.calibrate.stats import FloatArray, Interval, Load, Statistic
 from kvtwin.traces.errors import InputError
 from kvtwin.traces.run import Run
 from kvtwin.traces.time import NS_PER_MS, NS_PER_S
@@ -229,7 +229,8 @@ def _time_findings(pair: _Pair, time: str, known: Rows) -> dict[str, _Finding]:
         **{name: stats.quantile_ratio(measured, simulated, q) for name, q in QUANTILES.items()},
         "mape": stats.mean(sizes, positive),
     }
-    statistics = {name: replace(statistic, sizes=measured) for name, statistic in statistics.items()}
+    load = _load(pair.measured, time, known)
+    statistics = {name: replace(statistic, load=load) for name, statistic in statistics.items()}
     repeats = [side.times[time] for side in pair.repeats]
     complete = np.isfinite(repeats).all(axis=0)
     repeats = [values[complete] for values in repeats]
@@ -240,6 +241,20 @@ def _time_findings(pair: _Pair, time: str, known: Rows) -> dict[str, _Finding]:
         findings[name] = _Finding.of(statistics[name], floor, values)
     findings["mape"] = _Finding.of(statistics["mape"], noise.paired_floor(repeats))
     return findings
+
+
+def _load(side: _Side, time: str, known: Rows) -> Load:
+    """What tells how busy the run was when each of the `known` requests came: the time itself.
+
+    A latency is mostly the request's own length; of it, TTFT and TPOT the one with the longest memory tells.
+    """
+    columns = [side.times[name][known] for name in (TIMES if time == "latency" else (time,))]
+    loads = [
+        Load(np.where(np.isfinite(column), column, np.nanmean(column)))
+        for column in columns
+        if np.isfinite(column).any()
+    ]
+    return min(loads, key=lambda load: load.num_seen)
 
 
 def _throughput_check(pair: _Pair) -> Check:

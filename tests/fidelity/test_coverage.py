@@ -1,80 +1,42 @@
-"""Do 95 % intervals hold the truth in 95 % of cases? Recordings and twins whose true error is known."""
+"""Do 95 % intervals hold the truth in 95 % of cases? Recordings and twins whose true error is known.
+
+The truth is the error over an endless recording of the same traffic on both systems: what a user wants to know who
+asks whether the twin can be trusted on the traffic to come. (Of the very same requests served again and again it would
+be less in doubt; the intervals are too wide for that question.)
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from kvtwin.calibrate import stats
 from kvtwin.traces.run import Run, RunInfo
-from kvtwin.traces.table import from_columns
 from kvtwin.validate.e2e import compare_e2e
 from kvtwin.validate.result import Check
+from kvtwin.validate.step import compare_steps
 from kvtwin.validate.unpaired import compare_unpaired
+
+sys.path.insert(0, str(Path(__file__).parent))
+from known_truth import LONG, MANY, SEEN, UNSEEN, queueing, steps  # type: ignore[import-not-found]  # beside this file
 
 pytestmark = pytest.mark.fidelity
 
-Pair = tuple[Run, Run]
-LONG = 300_000  # requests that stand for the truth
+CASES = 400
+MAKERS = {**SEEN, **UNSEEN}
 
-
-def ar1(rng: np.random.Generator, n: int, rho: float, sd: float) -> stats.FloatArray:
-    from scipy.signal import lfilter
-
-    noise = rng.normal(size=n) * np.sqrt(1 - rho**2)
-    noise[0] = rng.normal()
-    found: stats.FloatArray = sd * lfilter([1], [1, -rho], noise)
-    return found
-
-
-def run_of(arrival_s: stats.FloatArray, ttft_s: stats.FloatArray, tpot_s: stats.FloatArray, tokens: np.ndarray) -> Run:
-    queued = (arrival_s * 1e9).astype(np.int64)
-    first = queued + (ttft_s * 1e9).astype(np.int64)
-    columns = {
-        "request_id": [str(row) for row in range(len(queued))],
-        "arrival_ns": queued,
-        "input_tokens": np.full(len(queued), 100),
-        "output_tokens": tokens,
-        "queued_ns": queued,
-        "first_token_ns": first,
-        "finish_ns": first + (tpot_s * (tokens - 1) * 1e9).astype(np.int64),
-    }
-    return Run(RunInfo(kind="recorded"), {"requests": from_columns("requests", columns, "test")})
-
-
-def correlated(rng: np.random.Generator, n: int, rho: float) -> Pair:
-    """Log-normal times whose errors hang together over neighbours; the twin is 5 % slow."""
-    arrival, tokens = np.cumsum(rng.exponential(0.1, n)), rng.geometric(0.01, n) + 1
-    size = rng.lognormal(0, 0.7, n) * np.exp(ar1(rng, n, rho, 0.3))
-    slow = np.exp(ar1(rng, n, rho, 0.2))
-    sides = [(0.2 * size * np.exp(ar1(rng, n, rho, 0.2)), 0.02 * slow * np.exp(ar1(rng, n, rho, 0.1))) for _ in "ms"]
-    (ttft, tpot), (twin_ttft, twin_tpot) = sides
-    return run_of(arrival, ttft, tpot, tokens), run_of(arrival, 1.05 * twin_ttft, 1.05 * twin_tpot, tokens)
-
-
-def queueing(rng: np.random.Generator, n: int, load: float) -> Pair:
-    """One server, first come first served: late requests make the next ones late; the twin serves 3 % slower."""
-    gap, work, tokens = rng.exponential(1 / load, n), rng.lognormal(-0.125, 0.5, n), rng.geometric(0.01, n) + 1
-
-    def side(scale: float) -> Run:
-        service = work * scale * np.exp(ar1(rng, n, 0.5, 0.1) - 0.005)
-        # Lindley's recursion in closed form: the wait is how far the walk stands above its lowest point.
-        walk = np.cumsum(np.append(0.0, service[:-1] - gap[1:]))
-        wait = walk - np.minimum.accumulate(walk)
-        tpot = 0.02 * scale * np.exp(ar1(rng, n, 0.5, 0.1)) * (1 + 0.3 * (wait > 1))
-        return run_of(np.cumsum(gap), wait + service, tpot, tokens)
-
-    return side(1.0), side(1.03)
-
-
-MAKERS: dict[str, Callable[[np.random.Generator, int], Pair]] = {
-    "independent": lambda rng, n: correlated(rng, n, 0.0),
-    "AR(1) 0.5": lambda rng, n: correlated(rng, n, 0.5),
-    "AR(1) 0.9": lambda rng, n: correlated(rng, n, 0.9),
-    "queue at load 0.5": lambda rng, n: queueing(rng, n, 0.5),
-    "queue at load 0.8": lambda rng, n: queueing(rng, n, 0.8),
+# What is asked of the intervals: the lowest share of any metric of TTFT, TPOT and latency, from 400 requests on. A
+# share of 400 has a standard error of 1.1 points. The last four hold few spells: see validate/README.md.
+LOWEST: Mapping[str, float] = {
+    "queue at load 0.8": 0.88,
+    "heavy work, load 0.7": 0.84,
+    "bursts, load 0.6": 0.75,
+    "4 servers, load 0.8": 0.75,
+    "queue at load 0.9": 0.65,
 }
 
 
@@ -82,25 +44,81 @@ def paired(one: Run, two: Run) -> list[Check]:
     return compare_e2e(one, two, name="x", clock="queued_ns")
 
 
+@cache
+def truth_of(kind: str) -> Mapping[str, float]:
+    """By metric, from recordings so long that what is left of their doubt is small beside the intervals'."""
+    n, recordings = LONG.get(kind, (MANY, 1))
+    found = [paired(*MAKERS[kind](np.random.default_rng([1, row]), n)) for row in range(recordings)]
+    errors = {
+        metrics[0].metric: float(np.mean([check.error for check in metrics])) for metrics in zip(*found, strict=True)
+    }
+    return {**errors, "throughput": 0.0}  # whoever keeps up generates what arrives
+
+
+def shares(
+    make: Callable[[int], Sequence[Check]], truth: Mapping[str, float], cases: int = CASES
+) -> tuple[dict[str, float], int]:
+    """Share of the cases whose interval holds the truth, by metric, and the fewest intervals that any metric had."""
+    hits: dict[str, list[bool]] = {name: [] for name in truth}
+    for case in range(cases):
+        for check in make(case):
+            if check.metric in truth and check.interval is not None:
+                hits[check.metric].append(check.interval[0] <= truth[check.metric] <= check.interval[1])
+    return {name: float(np.mean(found)) for name, found in hits.items()}, min(map(len, hits.values()))
+
+
+def told(what: str, covered: Mapping[str, float]) -> None:
+    print(f"\n{what}: " + ", ".join(f"{name} {share:.1%}" for name, share in covered.items()))
+
+
 @pytest.mark.parametrize("kind", MAKERS)
 def test_paired_intervals_cover_the_truth(kind: str) -> None:
-    """400 recordings of 100, 400 and 1,500 requests each, and their twins, metric by metric; nominal 95 %."""
-    truth = {check.metric: check.error for check in paired(*MAKERS[kind](np.random.default_rng(1), LONG))}
+    """400 recordings of 100, 400, 1,500 and 3,000 requests each, and their twins, metric by metric; nominal 95 %."""
+    truth = truth_of(kind)
+    for n in (100, 400, 1500, 3000):
+
+        def make(case: int, n: int = n) -> list[Check]:
+            return paired(*MAKERS[kind](np.random.default_rng([2, n, case]), n))
+
+        covered, fewest = shares(make, truth)
+        told(f"{kind}, {n}", covered)
+        assert fewest > 0.8 * CASES
+        lowest = LOWEST.get(kind, 0.90)
+        if n > 100 or kind not in LOWEST:
+            assert min(covered.values()) > lowest
+            assert np.mean(list(covered.values())) <= 0.98
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.5, 0.9])
+def test_step_intervals_cover_the_truth(rho: float) -> None:
+    """400 recordings of 200 to 10,000 steps each; every step metric but those of prefills in the shortest."""
+    truth = {check.metric: check.error for check in compare_steps(steps(rho)(np.random.default_rng(1), MANY), name="x")}
+    for n in (200, 1000, 10_000):
+
+        def make(case: int, n: int = n) -> list[Check]:
+            return compare_steps(steps(rho)(np.random.default_rng([5, n, case]), n), name="x")
+
+        covered, _ = shares(make, truth)
+        told(f"steps, errors with AR(1) {rho}, {n}", covered)
+        assert min(covered.values()) > (0.8 if n == 200 else 0.9)
+        assert np.mean(list(covered.values())) <= 0.98
+
+
+@pytest.mark.parametrize("load", [1.3, 2.0])
+def test_throughput_is_covered_where_the_engine_is_saturated(load: float) -> None:
+    """What generates as fast as it can differs by its speed: 4 % here."""
+    make_pair = queueing(load, slower=1.04)
     for n in (100, 400, 1500):
-        hits: dict[str, list[bool]] = {name: [] for name in truth}
-        for seed in range(400):
-            for check in paired(*MAKERS[kind](np.random.default_rng([2, n, seed]), n)):
-                if check.interval is not None:  # too few requests for any
-                    hits[check.metric].append(check.interval[0] <= truth[check.metric] <= check.interval[1])
-        covered = {name: float(np.mean(found)) for name, found in hits.items()}
-        print(f"\n{kind}, {n}: " + ", ".join(f"{name} {share:.1%}" for name, share in covered.items()))
-        assert min(map(len, hits.values())) > 300
-        # A share of 400 has a standard error of 1.1 points. Where the queue is long, few requests hold few busy periods.
-        assert min(covered.values()) > (0.7 if kind == "queue at load 0.8" else 0.9)
-        assert 0.87 <= np.mean(list(covered.values())) <= 0.98
+
+        def make(case: int, n: int = n) -> list[Check]:
+            return paired(*make_pair(np.random.default_rng([6, n, case]), n))
+
+        covered, _ = shares(make, {"throughput": 1 / 1.04 - 1})
+        told(f"saturated, {load}, {n}", covered)
+        assert 0.88 < covered["throughput"] < 0.99
 
 
-@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize("kind", SEEN)
 def test_halves_of_one_run_raise_false_alarms_as_stated(kind: str) -> None:
     """Unpaired: the first half of 600 requests against the second; nothing to find; nominal 5 %."""
     alarms = []
