@@ -21,6 +21,7 @@ import numpy.typing as npt
 from kvtwin.sim.links import Link, LinkTimes
 from kvtwin.sim.vllm.block_pool import IntArray
 from kvtwin.sim.vllm.offload.level import ABSENT, READY, WRITING, Level
+from kvtwin.sim.vllm.request import NO_BLOCKS
 
 # What is known of a block's being on the disk.
 _UNASKED: Final = 0
@@ -62,7 +63,8 @@ class Disk:
         self._write = Link(links.write_base, links.write_per_page)
         self._known = np.zeros(num_keys, np.int8)
         self._num_askers = np.zeros(num_keys, np.int16)
-        self._asked_by: dict[int, set[int]] = {}  # keys, by row
+        self._asked_by: dict[int, list[IntArray]] = {}  # keys, by row
+        self._is_asked = np.zeros(num_keys, np.bool_)  # a mark that is set and cleared within a call
         self._questions: list[int] = []  # keys of this schedule() call
         self._answers: list[tuple[int, int, list[int]]] = []  # heap: when, order, keys
         self._promotions: dict[int, list[IntArray]] = {}  # keys of this schedule() call, by row
@@ -129,10 +131,15 @@ class Disk:
         return taken
 
     def _ask(self, row: int, keys: IntArray, known: npt.NDArray[np.int8]) -> None:
-        asked = self._asked_by.setdefault(row, set())
-        new = [key for key in keys.tolist() if key not in asked]
-        asked.update(new)
-        self._num_askers[new] += 1
+        asked = self._asked_by.setdefault(row, [])
+        self._is_asked[keys] = True
+        for earlier in asked:
+            self._is_asked[earlier] = False
+        new = keys[self._is_asked[keys]]
+        self._is_asked[keys] = False
+        if len(new):
+            asked.append(new)
+            self._num_askers[new] += 1
         unasked = keys[known == _UNASKED]
         self._known[unasked] = _ASKED
         self._questions += unasked.tolist()
@@ -202,7 +209,7 @@ class Disk:
     def forget(self, row: int) -> None:
         """The request has finished, and so have its copies: nobody needs what was found out for it alone."""
         self._sources.pop(row, None)
-        asked = np.fromiter(self._asked_by.pop(row, ()), np.int64)
+        asked = np.concatenate([NO_BLOCKS, *self._asked_by.pop(row, ())])
         self._num_askers[asked] -= 1
         gone = asked[(self._num_askers[asked] == 0) & (self._known[asked] != _ASKED)]
         self._known[gone] = _UNASKED
