@@ -35,6 +35,9 @@ LINKS = (
 )
 
 
+MAX_TURNS = 100_000
+
+
 class FilledOrder(set[Any]):
     """A set that is gone through in the order in which it was filled, where strings' hashes would differ from run to
     run."""
@@ -256,7 +259,7 @@ def offload_driver(driver: Any) -> type[Any]:
         def run(self) -> None:
             scheduler, depth = self.scheduler, 2 if self.cfg["async_scheduling"] else 1
             queue: deque[Any] = deque()
-            while True:
+            for _ in range(MAX_TURNS):
                 self.add_arrived()
                 submitted, moved = self.links.num_submitted, False
                 if scheduler.has_requests():
@@ -275,6 +278,8 @@ def offload_driver(driver: Any) -> type[Any]:
                 moved |= scheduler.has_requests() and bool(self.worker.connector_worker._unsubmitted_store_jobs)
                 if not moved and not self.wait():
                     break
+            else:
+                sys.exit(f"no end after {MAX_TURNS} turns")
             self.write_requests()
             self.write_cache()
 
@@ -321,6 +326,8 @@ def connector_in(config: dict[str, Any]) -> Iterator[None]:
 def offload_config(rng: random.Random, *, has_watermark: bool) -> dict[str, Any]:
     """Engine settings with a host level; it holds more than the GPU, or less."""
     config = random_config(rng, has_watermark=has_watermark)
+    while config["block_size"] == 1:  # vLLM loads a prompt of one token for ever: one token is always left to compute
+        config = random_config(rng, has_watermark=has_watermark)
     config["enable_prefix_caching"] = True
     num_gpu_blocks = config["num_gpu_blocks"]
     num_host_blocks = rng.choice([1, 2, 5, num_gpu_blocks // 2 + 1, num_gpu_blocks, 4 * num_gpu_blocks, 10_000])
