@@ -40,7 +40,7 @@ class Admission:
     def __init__(
         self, config: VllmConfig, requests: RequestBook, kv: KVCacheManager, offload: Connector | None
     ) -> None:
-        self._config, self._rules, self._requests, self._kv = config, config.rules, requests, kv
+        self._config, self._rules, self._requests, self.kv = config, config.rules, requests, kv
         self._offload = offload
         self.waiting = waiting_queue(config, requests)
         self.held = waiting_queue(config, requests)
@@ -80,14 +80,14 @@ class Admission:
         if request.status is Status.FETCHING:
             if self._offload is None or self._offload.is_arriving(request):
                 return _Outcome.PASSED_OVER
-            self._kv.loaded(request)
+            self.kv.loaded(request)
             request.status = Status.WAITING
         if request.num_stale_output_tokens:
             # Its token from before the preemption is still to come: resuming now could sample it twice.
             return _Outcome.PASSED_OVER
         hits = NO_BLOCKS
         if not len(request.blocks):
-            hits = self._kv.computed_blocks(request)
+            hits = self.kv.computed_blocks(request)
             if self._offload is not None:
                 num_blocks = self._offload.lookup(request, len(hits))
                 if num_blocks is None:
@@ -107,7 +107,7 @@ class Admission:
     ) -> _Outcome:
         """Give a request the blocks that it hit, and those that the host's content goes to."""
         reserved = sum(map(self._num_lacking, self._prefilling)) if self._rules.reserves_for_loads else 0
-        if not self._kv.can_admit(
+        if not self.kv.can_admit(
             request,
             num_blocks * self._config.block_size,
             hits,
@@ -116,8 +116,8 @@ class Admission:
             num_reserved=reserved,
         ):
             return _Outcome.REFUSED
-        self._kv.admit(request, hits)
-        self._kv.reserve(request, num_blocks)
+        self.kv.admit(request, hits)
+        self.kv.reserve(request, num_blocks)
         call.allocated[request] = request.blocks
         offload.start_load(request, len(hits), num_blocks)
         request.status = Status.FETCHING
@@ -138,14 +138,14 @@ class Admission:
         whole, watermark = self._config.scheduler_reserve_full_isl, bool(running)
         has_fetched = len(request.blocks) > 0
         if has_fetched:
-            fits = self._kv.can_resume(request, num_new_tokens, whole_sequence=whole, watermark=watermark)
+            fits = self.kv.can_resume(request, num_new_tokens, whole_sequence=whole, watermark=watermark)
         else:
-            fits = self._kv.can_admit(request, num_new_tokens, hits, whole_sequence=whole, watermark=watermark)
+            fits = self.kv.can_admit(request, num_new_tokens, hits, whole_sequence=whole, watermark=watermark)
         if not fits:
             return _Outcome.REFUSED
         if not has_fetched:
-            self._kv.admit(request, hits)
-        self._kv.grow(request, num_new_tokens)
+            self.kv.admit(request, hits)
+        self.kv.grow(request, num_new_tokens)
         request.status = Status.RUNNING
         running.append(request)
         call.take(request, num_new_tokens)

@@ -24,7 +24,7 @@ class Freeing:
     """
 
     def __init__(self, kv: KVCacheManager, *, waits: bool) -> None:
-        self._kv, self._waits = kv, waits
+        self.kv, self._waits = kv, waits
         self._num_scheduled = self._num_taken_in = 0  # steps
         self._held_back: deque[tuple[int, IntArray]] = deque()  # after which step, blocks
 
@@ -40,7 +40,7 @@ class Freeing:
         if self._waits:
             self._num_taken_in += 1
             while self._held_back and self._held_back[0][0] <= self._num_taken_in:
-                self._kv.pool.free(self._held_back.popleft()[1])
+                self.kv.pool.free(self._held_back.popleft()[1])
 
     def is_possible(self, request: Request) -> bool:
         """Whether its blocks would be free at once (`_request_blocks_can_be_freed`)."""
@@ -49,7 +49,7 @@ class Freeing:
     def free(self, request: Request) -> None:
         """Take all blocks from a finished or preempted request (`_free_request_blocks`)."""
         if self.is_possible(request):
-            self._kv.free(request)
+            self.kv.free(request)
             return
         self._held_back.append((self._num_scheduled, request.blocks))
         request.blocks = NO_BLOCKS

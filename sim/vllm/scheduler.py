@@ -60,6 +60,10 @@ class VllmScheduler:
         # vLLM makes one more call after a request finishes, to pass its id on to the workers.
         self._finished_ids_to_flush = False
 
+    def allocate_by(self, kv: KVCacheManager) -> None:
+        """Let another manager of the same pool give out the blocks, from the first call on."""
+        self.kv = self._freeing.kv = self._admission.kv = kv
+
     @property
     def has_unfinished(self) -> bool:
         """Whether any request waits or runs."""

@@ -61,10 +61,10 @@ def attribute(
         InputError: see `e2e.request_metrics`.
     """
     measured, twin, judged, notes = _beginning(measured, twin)
-    found = list(stages(measured, twin))
     knows = measured.has("steps") and knows_calls(measured, twin.config)
     # A replay at guessed times decides otherwise for that alone, which is evidence against nobody.
     replayed, decisions = (replay(measured, twin), schedule) if knows else (None, None)
+    found = list(stages(measured, twin, replayed))
     suspected = suspects(measured, twin, replayed, decisions, checks)
     truth = request_metrics(measured, clock)
     values = [_metrics(stage, measured, twin, clock) for stage in found]

@@ -62,7 +62,7 @@ class Stage:
     requests: pa.Table
 
 
-def stages(measured: Run, twin: Twin) -> Iterator[Stage]:
+def stages(measured: Run, twin: Twin, replayed: Run | None) -> Iterator[Stage]:
     """The twin, then one more recorded layer at a time, in the order in which a request meets them.
 
     arrival: requests reach the engine's queue when they did; cache: they hit what they hit; step times: the model runs
@@ -70,6 +70,11 @@ def stages(measured: Run, twin: Twin) -> Iterator[Stage]:
     called when the recorded one was (`replay_schedule`), so that only decisions are simulated; schedule: those are the
     recorded ones too, and the steps table says what came of them. A layer that the recording does not hold is passed
     over: its share is in the next one's.
+
+    Args:
+        measured: the recording.
+        twin: what predicts it.
+        replayed: `replay(measured, twin)`; None where it is not known when the recorded scheduler was called.
     """
     yield Stage("", twin.run.requests)
     if measured.requests.column("queued_ns").null_count:
@@ -83,10 +88,10 @@ def stages(measured: Run, twin: Twin) -> Iterator[Stage]:
     if not measured.has("steps"):
         return
     yield Stage("step times", dataclasses.replace(loop, steps=measured.steps).serve(twin.latency))
-    if not knows_calls(measured, twin.config):
+    if replayed is None:
         yield Stage(HOST_AND_SCHEDULE, _as_recorded(measured))
         return
-    yield Stage("host", replay(measured, twin, hits).requests)
+    yield Stage("host", (replayed if hits is None else replay(measured, twin, hits)).requests)
     layer = "schedule" if isinstance(twin.config, VllmConfig) else CACHE_AND_SCHEDULE
     yield Stage(layer, _as_recorded(measured))
 
@@ -136,7 +141,7 @@ class _Loop:
         )
         scheduler = VllmScheduler(config, book, pool)
         if self.hits is not None:
-            scheduler.kv = RecordedHits(scheduler.kv, self.hits[order])
+            scheduler.allocate_by(RecordedHits(scheduler.kv, self.hits[order]))
         times = RequestTimes(len(book))
         clock = Clock()
         if self.steps is not None:

@@ -36,7 +36,7 @@ class VllmReplay:
         self._book = build_requests(measured, config, None, self._rows)
         self._scheduler = VllmScheduler(config, self._book, _pool(config))
         if hits is not None:
-            self._scheduler.kv = RecordedHits(self._scheduler.kv, hits[self._rows])
+            self._scheduler.allocate_by(RecordedHits(self._scheduler.kv, hits[self._rows]))
         self.turns_idle = True
         self._times, self._log = RequestTimes(len(self._book)), StepLog()
         self._in_flight: deque[tuple[StepPlan, StepTimes]] = deque()
