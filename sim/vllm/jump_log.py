@@ -73,20 +73,21 @@ class JumpLog:
         host, num_decode = self._host, self._running.num_decode
         now_ns, free_ns = before.now_ns, before.device_free_ns
         oldest_end_ns, num_oldest = before.in_flight or (None, num_decode)
-        times_ns, known_ns, free, evicted = [], [], [], []
+        times_ns, known_ns = [], []
         first = self.rows(Batch(0, 0, 0, num_decode, [], [], []), 0)
-        for ahead, duration_ns in enumerate(durations_ns):
-            num_evicted = self._pool.num_evicted
-            self._blocks.grow(self._running.num_steps + ahead, 1, num_decode)
-            free.append(self._pool.num_free)
-            evicted.append(self._pool.num_evicted - num_evicted)
+        free, evicted = self._grow(len(durations_ns), num_decode)
+        schedule_ns, gap_ns, update_ns = host.schedule(num_decode), host.gap_ns, host.update(num_oldest)
+        for duration_ns in durations_ns:
             sched_ns = now_ns
-            now_ns += host.schedule(num_decode)
+            now_ns += schedule_ns
             start_ns = max(now_ns, free_ns)
             end_ns = start_ns + duration_ns
-            free_ns = end_ns + host.gap_ns
-            now_ns = max(now_ns, end_ns if oldest_end_ns is None else oldest_end_ns) + host.update(num_oldest)
-            oldest_end_ns, num_oldest = (None if oldest_end_ns is None else end_ns), num_decode
+            free_ns = end_ns + gap_ns
+            now_ns = max(now_ns, end_ns if oldest_end_ns is None else oldest_end_ns) + update_ns
+            if oldest_end_ns is not None:
+                oldest_end_ns = end_ns
+            if num_oldest != num_decode:
+                num_oldest, update_ns = num_decode, host.update(num_decode)
             times_ns.append((sched_ns, start_ns, end_ns))
             known_ns.append(now_ns)
         assert (now_ns, free_ns) == (self._running.now_ns, self._running.device_free_ns)
@@ -94,6 +95,19 @@ class JumpLog:
             known_ns = [*known_ns[1:], UNKNOWN]
         stamps = [(*times, known) for times, known in zip(times_ns, known_ns, strict=True)]
         self._write_stretch(replace(first, num_free_blocks=free, num_evicted_blocks=evicted, times_ns=stamps))
+
+    def _grow(self, count: int, num_decode: int) -> tuple[list[int], list[int]]:
+        """Give the steps of a stretch their blocks: free after each of them, and evicted by it."""
+        blocks, pool, step = self._blocks, self._pool, self._running.num_steps
+        num_free = pool.num_free
+        free, evicted = [], [0] * count
+        for ahead in range(count):
+            if blocks.num_crossing(step + ahead):
+                num_evicted = pool.num_evicted
+                blocks.grow(step + ahead, 1, num_decode)
+                num_free, evicted[ahead] = pool.num_free, pool.num_evicted - num_evicted
+            free.append(num_free)
+        return free, evicted
 
     def _write_stretch(self, rows: StepRows) -> None:
         """The last step by itself: it may finish requests, and under asynchronous scheduling it is still in flight."""

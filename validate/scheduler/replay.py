@@ -202,7 +202,7 @@ class _Loop:
         if not self._wait(times):
             if not self._engine.blocks:
                 self._now_ns = max(self._now_ns, times.sched_ns)
-            self._call(replace(times, sched_ns=min(times.sched_ns, self._now_ns)))
+            self._call(times if times.sched_ns <= self._now_ns else replace(times, sched_ns=self._now_ns))
         self._now_ns = max(self._now_ns, times.sched_ns)
 
     def _wait(self, times: StepTimes) -> bool:
@@ -218,11 +218,12 @@ class _Loop:
             events_ns = [] if event_ns is None else [event_ns]
             if self._coming:
                 events_ns.append(max(self._coming[0][1], self._now_ns))
-            if not events_ns or min(events_ns) >= times.sched_ns + self._engine.blocks:
+            is_due = event_ns is not None and event_ns <= self._now_ns
+            if not is_due and (not events_ns or min(events_ns) >= times.sched_ns + self._engine.blocks):
                 return False
             self._now_ns = min(events_ns)
             self._add_arrived()
-            may_look = self._now_ns == event_ns or self._engine.is_held_up
+            may_look = self._now_ns == event_ns or self._engine.blocks or self._engine.is_held_up
             if may_look and self._call(replace(times, sched_ns=self._now_ns)):
                 return True
         return False
