@@ -195,9 +195,14 @@ class _Loop:
         may_try = self._engine.depth > 1
         while self._in_flight and self._in_flight[0].update_ns <= times.sched_ns:
             if may_try and len(self._in_flight) < self._engine.depth:
-                # The real loop tried to fill its queue of batches before it waited, and had nothing to schedule.
+                # The real loop tried to fill its queue of batches before it waited. It had nothing to schedule, or was
+                # still at it when the batch before had run.
                 update_ns = self._in_flight[0].update_ns
-                may_try = not self._call(StepTimes(self._now_ns, update_ns, update_ns, update_ns))
+                idle = StepTimes(self._now_ns, update_ns, update_ns, update_ns)
+                may_try = not self._call(replace(times, sched_ns=self._now_ns) if self._engine.blocks else idle)
+                if self._engine.blocks and not may_try:
+                    self._now_ns = max(self._now_ns, times.sched_ns)
+                    return
             self._update()
         if not self._wait(times):
             if not self._engine.blocks:

@@ -29,8 +29,7 @@ class SglangReplay:
         self._measured, self._config, self.turns_idle = measured, config, turns_idle
         self.depth = 1 if config.disable_overlap_schedule else 2
         # write_back copies what is evicted to the host before the batch is formed, while requests arrive.
-        writes_back = config.enable_hierarchical_cache and config.hicache_write_policy == "write_back"
-        self.blocks = writes_back and config.disable_overlap_schedule
+        self.blocks = config.enable_hierarchical_cache and config.hicache_write_policy == "write_back"
         self._requests = build_requests(measured, config)
         self._recorder = Recorder(len(self._requests), record_steps=True)
         engine = build_engine(config, _NO_LATENCY, observer=self._recorder)
@@ -102,7 +101,7 @@ class SglangReplay:
         """See `ReplayEngine`."""
         if self._runs or not self._scheduler.waiting:
             return None
-        if self._scheduler.batch_is_full and not self._config.enable_priority_scheduling:
+        if self._scheduler.batch_is_full:
             return self._clock.now_ns  # the loop's next turn only finds that the full batch has ended
         if not self._config.enable_hierarchical_cache:
             return None
