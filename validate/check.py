@@ -278,7 +278,7 @@ def _predictions(run: Run, profile: Profile) -> pa.Table | None:
         return None
     batches = BatchStats.of_steps(run.steps)
     predicted = profile.latency_model().step_ns(batches, 0)
-    return build_predictions(run.steps, predicted, profile.extrapolates(batches))
+    return build_predictions(run.steps, predicted, profile.extrapolates(batches), batches)
 
 
 def output_name(path: Path) -> str:

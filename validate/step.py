@@ -30,6 +30,7 @@ def build_predictions(
     steps: pa.Table,
     predicted_ns: npt.NDArray[np.int64],
     extrapolated: npt.NDArray[np.bool_] | None = None,
+    batches: BatchStats | None = None,
 ) -> pa.Table:
     """The table of schema PREDICTIONS of a recorded run.
 
@@ -37,8 +38,9 @@ def build_predictions(
         steps: its `steps` table; no batch is empty.
         predicted_ns: what the model says, one per row.
         extrapolated: whether the batch lies outside the profile's domain; None where that is unknown.
+        batches: of the steps, where they are at hand.
     """
-    batches = BatchStats.of_steps(steps)
+    batches = BatchStats.of_steps(steps) if batches is None else batches
     columns = {
         "step": steps.column("step"),
         "start_ns": steps.column("start_ns"),
@@ -96,7 +98,7 @@ def compare_steps(
     if n == 0:
         return []
     measured, predicted = (table.column(key).to_numpy().astype(np.float64) for key in ("measured_ns", "predicted_ns"))
-    regime = np.array(table.column("regime").to_pylist())
+    regime = np.asarray(table.column("regime"))
     statistics = step_statistics(measured, predicted, regime)
     notes = [*_warnings(measured, predicted), *_notes(table, dropped=predictions.num_rows - n)]
     checks = []

@@ -110,13 +110,14 @@ class JumpLog:
         return free, evicted
 
     def _write_stretch(self, rows: StepRows) -> None:
-        """The last step by itself: it may finish requests, and under asynchronous scheduling it is still in flight."""
-        count, last = len(rows.times_ns), rows.last()
-        if count > 1:
-            self._log.add(rows.head(count - 1))
-        if self._running.pending:
-            self._running.pending.rows, self._running.pending.sched_ns = last, last.times_ns[0][0]
+        """Under asynchronous scheduling the last step is still in flight, and may yet finish requests."""
+        count, pending = len(rows.times_ns), self._running.pending
+        if pending:
+            pending.rows = rows.last()
+            pending.sched_ns = pending.rows.times_ns[0][0]
+            if count > 1:
+                self._log.add(rows.head(count - 1))
             return
         last_step = self._running.num_steps + count - 1
         places = sorted(key & PLACE_MASK for key in self._running.ends if key >> PLACE_BITS == last_step)
-        self._log.add(replace(last, finished=[self._running.row_at[place] for place in places]))
+        self._log.add(replace(rows, finished=[self._running.row_at[place] for place in places]))

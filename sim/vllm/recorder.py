@@ -129,8 +129,8 @@ class StepRows:
     Attributes:
         requests: rows of the batch's members, in the scheduler's order.
         cache_lens, input_lens: tokens computed before the first step and new tokens per step, per member.
-        preempted, finished: rows of the requests preempted while scheduling and finished with the step; only of
-            single steps.
+        preempted: rows of the requests preempted while scheduling; only of single steps.
+        finished: rows of the requests that finish with the last of the steps.
         num_waiting: requests waiting after each schedule().
         num_running: requests running after each schedule().
         num_free_blocks: after each schedule(), by step.
@@ -227,6 +227,9 @@ class StepLog:
             values = rows[values].astype(np.int32)
         offsets = _as_numpy(self._offsets[name])
         sizes = np.repeat(np.diff(offsets), counts)
+        if name == "finished":  # with the last step
+            sizes = np.zeros_like(sizes)
+            sizes[np.cumsum(counts) - 1] = np.diff(offsets)
         ends = np.cumsum(sizes)
         starts = np.repeat(offsets[:-1], counts)
         source = np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - sizes), sizes)
