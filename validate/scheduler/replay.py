@@ -68,6 +68,10 @@ class ReplayEngine(Protocol):
         """Whether no request waits or runs."""
 
     @property
+    def is_busy(self) -> bool:
+        """Whether the recording shows every call from now on: requests run, or wait for nothing but their turn."""
+
+    @property
     def is_held_up(self) -> bool:
         """Whether requests wait, and schedule() can admit none of them now."""
 
@@ -216,10 +220,8 @@ class _Loop:
         Returns:
             Whether it formed a batch meanwhile, which takes the place of the recorded one.
         """
-        while not self._in_flight:
+        while not self._in_flight and not self._engine.is_busy:
             event_ns = self._engine.next_event_ns()
-            if event_ns is None and not self._engine.is_idle:
-                return False
             events_ns = [] if event_ns is None else [event_ns]
             if self._coming:
                 events_ns.append(max(self._coming[0][1], self._now_ns))

@@ -81,27 +81,29 @@ class SglangReplay:
     @property
     def is_idle(self) -> bool:
         """See `ReplayEngine`."""
-        return not self._scheduler.waiting and not self._runs
+        return not self._scheduler.waiting and not self.is_busy
 
     @property
     def is_held_up(self) -> bool:
         """See `ReplayEngine`: by prefetches from storage."""
         scheduler = self._scheduler
-        if self._runs or not scheduler.waiting or not self._config.hicache_storage_backend:
+        if self.is_busy or not scheduler.waiting or not self._config.hicache_storage_backend:
             return False
         return all(scheduler.cache.holds_up(request) for request in scheduler.waiting)
 
     @property
-    def _runs(self) -> bool:
+    def is_busy(self) -> bool:
+        """See `ReplayEngine`: something runs."""
         scheduler = self._scheduler
         last = scheduler.last_batch.requests if scheduler.last_batch is not None else []  # not yet among the running
         return scheduler.chunked is not None or not all(request.finished for request in (*scheduler.running, *last))
 
     def next_event_ns(self) -> int | None:
         """See `ReplayEngine`."""
-        if self._runs or not self._scheduler.waiting:
+        scheduler = self._scheduler
+        if self.is_busy or not scheduler.waiting:
             return None
-        if self._scheduler.batch_is_full:
+        if scheduler.batch_is_full or len(scheduler.running) >= self._config.max_running_requests:
             return self._clock.now_ns  # the loop's next turn only finds that the full batch has ended
         if not self._config.enable_hierarchical_cache:
             return None

@@ -113,6 +113,11 @@ class VllmReplay:
         return not self._scheduler.has_unfinished
 
     @property
+    def is_busy(self) -> bool:
+        """See `ReplayEngine`."""
+        return self._scheduler.has_unfinished
+
+    @property
     def is_held_up(self) -> bool:
         """See `ReplayEngine`: the recording shows every call that matters."""
         return False
