@@ -67,7 +67,8 @@ class SglangReplay:
             if not self._in_flight:
                 self._scheduler.note_idle()
             return False
-        step = Launched(batch, self._clock.now_ns, times.start_ns, times.end_ns)
+        # Where the two have parted, copies may hold this engine up longer than the recorded one.
+        step = Launched(batch, min(self._clock.now_ns, times.start_ns), times.start_ns, times.end_ns)
         self._recorder.launched(step)
         self._in_flight.append(step)
         return True
