@@ -33,12 +33,9 @@ def script() -> str:
     return found[1].replace("X=sim/examples", f"X='{EXAMPLES}'")
 
 
-@pytest.fixture(scope="module")
-def levels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the README's commands write."""
-    folder = tmp_path_factory.mktemp("examples")
+def run_script(folder: Path, text: str) -> Path:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    command = ["sh", "-e", "-c", script()]
+    command = ["sh", "-e", "-c", text]
     done = subprocess.run(
         command, cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False
     )
@@ -46,13 +43,24 @@ def levels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "levels"
 
 
-@pytest.fixture
-def found(levels: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, list[float]]:
+@pytest.fixture(scope="module")
+def levels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the README's commands write."""
+    return run_script(tmp_path_factory.mktemp("examples"), script())
+
+
+def metrics_of(levels: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, list[float]]:
     """Each metric of the four levels."""
     assert main(["compare", *(str(levels / level) for level in LEVELS), "--json"]) == 0
     document: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert document["notes"] == []
     return {metric["name"]: metric["values"] for metric in document["metrics"]}
+
+
+@pytest.fixture
+def found(levels: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, list[float]]:
+    """Each metric of the four levels, as the README's commands run them."""
+    return metrics_of(levels, capsys)
 
 
 def test_each_level_finds_more_and_waits_less(found: dict[str, list[float]]) -> None:
@@ -76,30 +84,47 @@ def test_found_and_computed_tokens_are_the_prompts(found: dict[str, list[float]]
     assert found["prefetch_mean"][3] > 0
 
 
+# Rows of the README's tables: the metric, and what its unit is in the table's.
+ROWS = {
+    "TTFT mean": ("ttft_mean", 1e-3),
+    "TTFT p99": ("ttft_p99", 1e-3),
+    "TPOT mean": ("tpot_mean", 1),
+    "latency mean": ("latency_mean", 1e-3),
+    "output throughput": ("throughput", 1),
+    "prompt tokens found in HBM": ("cached_device_tokens", 1e-6),
+    "loaded from host DRAM": ("cached_host_tokens", 1e-6),
+    "fetched from SSD": ("cached_storage_tokens", 1e-6),
+    "computed": ("computed_tokens", 1e-6),
+    "hit rate": ("hit_rate", 100),
+}
+
+
+def shown_between(start: str, end: str) -> dict[str, list[float]]:
+    """The numbers of the table between two texts of the README, by row; "(-31.7 %)" and "1,403" as one reads them."""
+    text = (EXAMPLES / "README.md").read_text(encoding="utf-8").split(start)[1].split(end)[0]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    return {
+        label: [float(value.split()[0].replace(",", "")) for value in row] for label, *row in cells if label in ROWS
+    }
+
+
 def test_the_readme_shows_what_comes_out(found: dict[str, list[float]]) -> None:
-    text = (
-        (EXAMPLES / "README.md").read_text(encoding="utf-8").split("## What comes out")[1].split("How to read it:")[0]
-    )
-    shown = {
-        line.split("|")[1].strip(): [float(re.sub(r"\(.*", "", cell).split()[0]) for cell in line.split("|")[2:-1]]
-        for line in text.splitlines()
-        if re.match(r"\| (TTFT|TPOT|latency|output|hit rate|computed|fetched|loaded|prompt)", line)
-    }
-    rows = {
-        "TTFT mean": ("ttft_mean", 1e-3),
-        "TTFT p99": ("ttft_p99", 1e-3),
-        "TPOT mean": ("tpot_mean", 1),
-        "latency mean": ("latency_mean", 1e-3),
-        "output throughput": ("throughput", 1),
-        "prompt tokens found in HBM": ("cached_device_tokens", 1e-6),
-        "loaded from host DRAM": ("cached_host_tokens", 1e-6),
-        "fetched from SSD": ("cached_storage_tokens", 1e-6),
-        "computed": ("computed_tokens", 1e-6),
-        "hit rate": ("hit_rate", 100),
-    }
-    assert shown.keys() == rows.keys()
-    for label, (metric, scale) in rows.items():
+    shown = shown_between("## What comes out", "How to read it:")
+    assert shown.keys() == ROWS.keys()
+    for label, (metric, scale) in ROWS.items():
         assert shown[label] == pytest.approx([scale * value for value in found[metric]], rel=0.005), label
+
+
+def test_the_readme_shows_what_comes_out_where_all_keep_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its second table, in ms: the same commands at 0.2 conversations a second."""
+    calmer = script().replace("--conversation-rate 0.55", "--conversation-rate 0.2")
+    found = metrics_of(run_script(tmp_path, calmer.split("kvtwin compare")[0]), capsys)
+    shown = shown_between("(`--conversation-rate 0.2`)", "Two things differ")
+    assert len(shown) == 5
+    for label, values in shown.items():
+        metric, scale = ROWS[label]
+        scale = 1 if label.startswith("TTFT") else scale
+        assert values == pytest.approx([scale * value for value in found[metric]], rel=0.005), label
 
 
 def test_the_page_is_written(levels: Path) -> None:
