@@ -140,6 +140,11 @@ def _summary(run: Any) -> dict[str, float]:
         "ttft_mean_ms": round(float(np.mean(first - queued)) / 1e6, 3),
         "tpot_mean_ms": round(float(np.mean(tpot_ns)) / 1e6, 3) if several.any() else 0.0,
         "latency_mean_ms": round(float(np.mean(finish - queued)) / 1e6, 3),
+        **{
+            f"{queue}_mean_ms": round(float(np.mean(table.column(f"{queue}_ns").to_numpy())) / 1e6, 3)
+            for queue in ("waiting", "prefetch", "running", "swapped")
+            if not table.column(f"{queue}_ns").null_count
+        },
         "duration_s": round(float(finish.max() - table.column("arrival_ns").to_numpy().min()) / 1e9, 3),
     }
 
@@ -157,6 +162,7 @@ def _print(args: argparse.Namespace, metrics: dict[str, Any]) -> None:
     if args.json:
         print(json.dumps({"run": str(args.output), "metrics": metrics}))
         return
+    width = max(map(len, metrics))
     for name, value in metrics.items():
-        print(f"{name:20} {value:>16,}")
+        print(f"{name:{width}} {value:>16,}")
     print(f"written to {args.output}")

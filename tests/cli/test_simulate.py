@@ -41,6 +41,21 @@ def test_the_result_is_a_run_and_its_costs_are_reported(folder: Path, capsys: py
     assert run.info.metrics["peak_rss_bytes"] > 0
 
 
+SGLANG = 'engine = "sglang"\nmax_total_tokens = 1024\npage_size = 16\n'
+HOST = "enable_hierarchical_cache = true\n"
+
+
+@pytest.mark.parametrize("engine", ['version = "0.32"\nnum_gpu_blocks = 100\n', SGLANG, SGLANG + HOST])
+def test_the_time_in_the_queues_is_shown_and_is_the_latency(
+    folder: Path, capsys: pytest.CaptureFixture[str], engine: str
+) -> None:
+    (folder / "engine.toml").write_text(engine)
+    assert simulate(folder, "--json") == 0
+    metrics = json.loads(capsys.readouterr().out)["metrics"]
+    queues = [metrics[f"{queue}_mean_ms"] for queue in ("waiting", "prefetch", "running", "swapped")]
+    assert sum(queues) == pytest.approx(metrics["latency_mean_ms"], abs=0.003) and queues[2] > 0
+
+
 def test_steps_outside_the_profile_s_domain_are_counted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     latency = LinearLatency(6_000_000, 25_000, 20, 10_000).to_json()
     (folder / "p.json").unlink()
