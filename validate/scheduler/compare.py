@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from kvtwin.traces.errors import InputError
 from kvtwin.traces.run import Run
@@ -16,7 +17,7 @@ from kvtwin.validate.result import Check, Divergence, ScheduleFinding
 from kvtwin.validate.scheduler.align import NO_STEP, Alignment, align
 from kvtwin.validate.scheduler.checks import ScheduleChecks, free_blocks
 from kvtwin.validate.scheduler.decisions import LISTS, NOT_THERE, Decisions, IntArray, common_names, read_decisions
-from kvtwin.validate.scheduler.replay import FIRST_STEP, NOTES, refuse_unusable
+from kvtwin.validate.scheduler.replay import END_REASON, END_STEP, FIRST_STEP, NOTES, refuse_unusable
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -43,9 +44,13 @@ def compare_schedulers(
     for run in (measured, simulated):
         refuse_unusable(run)
     first_step = int(simulated.info.source.get(FIRST_STEP, 0))
-    if first_step:
-        tables = {"requests": measured.requests, "steps": measured.steps.slice(first_step)}
-        measured = Run(measured.info, tables, name=name)
+    end_step, num_steps = simulated.info.source.get(END_STEP), measured.steps.num_rows
+    if end_step is not None:
+        if end_step <= first_step:
+            raise InputError(f"no step can be judged: {simulated.info.source[END_REASON]}", path=measured.path)
+        simulated = _with_steps(simulated, simulated.steps.slice(0, end_step - first_step))
+    if first_step or end_step is not None:
+        measured = _with_steps(measured, measured.steps.slice(first_step, (end_step or num_steps) - first_step))
     names = common_names(measured, simulated)
     common = np.intersect1d(*names, assume_unique=True, return_indices=True)[1:]
     if not len(common[0]):
@@ -55,8 +60,12 @@ def compare_schedulers(
     same = _is_same(rows, ours, theirs)
     checks = ScheduleChecks(name, gates)
     checks.add_steps(rows, same, ours, theirs)
-    checks.add_residency(measured, simulated, common)
-    checks.add_orders(measured, simulated, common)
+    if end_step is None:
+        checks.add_residency(measured, simulated, common)
+        checks.add_orders(measured, simulated, common)
+    else:
+        reason = simulated.info.source[END_REASON]
+        checks.not_judged.append(f"steps {end_step} to {num_steps - 1}, times in queues and orders: {reason}")
     checks.add_sizes(rows, ours, theirs)
     starts, ends = _episodes(same)
     finding = ScheduleFinding(
@@ -70,6 +79,10 @@ def compare_schedulers(
         first_free_blocks=_moved(_first_free_blocks(rows, same, ours, theirs, measured, simulated), first_step),
     )
     return finding, checks.checks
+
+
+def _with_steps(run: Run, steps: pa.Table) -> Run:
+    return Run(run.info, {"requests": run.requests, "steps": steps}, name=str(run.path))
 
 
 def _is_same(rows: Alignment, ours: Decisions, theirs: Decisions) -> BoolArray:

@@ -65,7 +65,7 @@ def read_beginning(run: Run, queued_ns: IntArray, *, prefix_caching: bool) -> Be
         queued_ns: when each request reached the engine.
         prefix_caching: whether a request can begin with cached tokens.
     """
-    first_step, last_step, first_cached, rank = _appearances(run)
+    first_step, last_step, first_cached, rank = appearances(run)
     steps, requests = run.steps, run.requests
     scheduled_ns = requests.column("scheduled_ns").fill_null(MAX_TIME_NS).to_numpy()
     sched_ns = pc.coalesce(steps.column("sched_ns"), steps.column("start_ns")).to_numpy()
@@ -80,7 +80,7 @@ def read_beginning(run: Run, queued_ns: IntArray, *, prefix_caching: bool) -> Be
     return Beginning(running, first_cached[running], gone, first_step, last_step)
 
 
-def _appearances(run: Run) -> tuple[IntArray, IntArray, IntArray, IntArray]:
+def appearances(run: Run) -> tuple[IntArray, IntArray, IntArray, IntArray]:
     """By row of the requests: first step, last step, tokens computed before the first, and rank of first appearance."""
     first, last, cached, rank = (np.full(run.requests.num_rows, _NEVER, np.int64) for _ in range(4))
     num_before = 0

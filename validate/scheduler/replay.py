@@ -7,7 +7,7 @@ a scheduler that once decided otherwise is not late for ever: it meets the recor
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
@@ -22,14 +22,18 @@ from kvtwin.sim.sglang.config import SglangConfig
 from kvtwin.sim.vllm.config import VllmConfig
 from kvtwin.traces.errors import InputError
 from kvtwin.traces.run import Run
-from kvtwin.validate.scheduler.partial import read_beginning
+from kvtwin.traces.workload import prefix_nodes
+from kvtwin.validate.scheduler.partial import appearances, read_beginning
 from kvtwin.validate.scheduler.slots import Slots, read_slots
 
 IntArray = npt.NDArray[np.int64]
 
-# Keys of RunInfo.source: what the replay had to assume, and the recording's step that it begins with (0 if absent).
+# Keys of RunInfo.source, absent where there is nothing to say: what the replay had to assume, and the recording's step that it begins with (else 0).
 NOTES: Final = "replay_notes"
 FIRST_STEP: Final = "replay_first_step"
+# The recording's step from which on too much is unknown to judge it, and what.
+END_STEP: Final = "replay_end_step"
+END_REASON: Final = "replay_end_reason"
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +125,36 @@ def _replay_vllm(measured: Run, config: VllmConfig, hits: IntArray | None) -> Ru
 
 
 def _replay_sglang(measured: Run, config: SglangConfig) -> Run:
+    run = _replay_best(measured, config)
+    end = None if config.disable_radix_cache else _first_unknown_hit(measured)
+    if end is not None:
+        reason = (
+            "a request hits more than recorded prompts begin alike: block_hashes or output_block_hashes are missing"
+        )
+        run.info.source.update({END_STEP: end, END_REASON: reason})  # type: ignore[attr-defined]
+    return run
+
+
+def _first_unknown_hit(measured: Run) -> int | None:
+    """The first step of a request that hits a prefix of which the recording does not say whose it is.
+
+    That is more than it shares with any other prompt, to the block, where not all answers are known. What follows
+    depends on it.
+    """
+    requests, block_tokens = measured.requests, measured.info.hash_block_tokens or 1
+    if not requests.column("output_block_hashes").null_count:
+        return None
+    first_step, _, cached, _ = appearances(measured)
+    chains = prefix_nodes(requests)
+    times_seen = Counter(node for chain in chains for node in chain)
+    shared = [sum(1 for _ in takewhile(lambda node: times_seen[node] > 1, chain)) for chain in chains]
+    explained = np.array(shared, np.int64) * block_tokens + block_tokens - 1
+    explained[requests.column("block_hashes").is_null().to_numpy()] = 0
+    steps = first_step[cached > explained]
+    return int(steps.min()) if len(steps) else None
+
+
+def _replay_best(measured: Run, config: SglangConfig) -> Run:
     """As a server, whose idle loop turns on, or, where more of the log agrees with it, as on a virtual clock."""
     run = _replay_turning(measured, config, turns_idle=True)
     agreed = _num_agreed(measured, run)
