@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from typing import Final
 
 from kvtwin.sim.latency.host import HostTime
 from kvtwin.sim.latency.pricing import Pricer
@@ -21,6 +22,8 @@ from kvtwin.sim.vllm.recorder import RequestTimes, StepLog, StepRows
 from kvtwin.sim.vllm.request import RequestBook
 from kvtwin.sim.vllm.scheduler import VllmScheduler
 from kvtwin.traces.errors import KvtwinError
+
+_PER_TRANSFER: Final = 100  # steps without a token that count as one while transfers, which will end, hold blocks
 
 
 @dataclass(slots=True)
@@ -94,7 +97,7 @@ class PlainLoop:
         self.in_flight: deque[InFlight] = deque()
         # Every step computes a token, so a cache full of them takes no more steps than this to reach a new one, unless
         # somebody arrives who goes first.
-        self._max_fruitless = 2 * config.capacity_tokens
+        self._max_fruitless = 2 * config.capacity_tokens * _PER_TRANSFER
         self._fruitless = 0
 
     def turn(self) -> bool:
@@ -201,13 +204,14 @@ class PlainLoop:
     def _refuse_livelock(self, plan: StepPlan) -> None:
         """vLLM can preempt the same requests over and over, each time before one of them has a new token: with the
         priority policy and equal (priority, arrival), the victim is the first of the running list."""
+        waits = self._offload is not None and self._offload.has_jobs
         if any(plan.samples):
             self._fruitless = 0
-        elif plan.preempted or not plan.is_empty:  # not where all wait for transfers: these end
-            self._fruitless += 1
+        elif plan.preempted or not plan.is_empty:
+            self._fruitless += 1 if waits else _PER_TRANSFER
         if self._fruitless > self._max_fruitless:
             raise KvtwinError(
-                f"no request has got a token for {self._fruitless} steps: preemptions undo one another, as they do in "
+                f"no request has got a token for {self._fruitless // _PER_TRANSFER} steps: preemptions undo one another, as they do in "
                 "vLLM; give the KV cache more blocks, or let admissions reserve whole sequences"
             )
 

@@ -15,7 +15,7 @@ CASES = compare.find_cases(Path(__file__).parent / "vllm_offload")
 
 
 def test_the_cases_are_there() -> None:
-    assert len(CASES) == 13
+    assert len(CASES) == 15
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

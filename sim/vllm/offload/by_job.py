@@ -58,7 +58,9 @@ class JobConnector(Connector):
                 request, self._num_offloadable(request, request.num_computed_tokens + num_tokens), request.blocks
             )
         for request in self._finished:
-            self._end(request, scheduled.allocated)
+            self._store_last(request, scheduled.allocated)
+        for request in self._finished:  # only when all of them have been stored (`on_request_finished`)
+            self._end(request)
         self._finished = []
 
     def _num_offloadable(self, request: Request, num_computed_tokens: int) -> int:
@@ -66,8 +68,8 @@ class JobConnector(Connector):
         most = request.num_prompt_tokens if self._prompt_only else request.num_tokens
         return min(num_computed_tokens, most)
 
-    def _end(self, request: Request, allocated: Sequence[IntArray]) -> None:
-        """Store a finished request's last blocks, and make all that it used the most recent."""
+    def _store_last(self, request: Request, allocated: Sequence[IntArray]) -> None:
+        """Store a finished request's last blocks."""
         tracked = self._track(request.row)
         # The last token is sampled and never computed.
         num_tokens = self._num_offloadable(request, max(request.num_prompt_tokens, request.num_tokens - 1))
@@ -76,7 +78,11 @@ class JobConnector(Connector):
             self._fence(job)
             if np.isin(job.blocks, np.concatenate([NO_BLOCKS, *allocated])).any():
                 self._flushed.add(job)
-        if tracked.seen:  # `CPUOffloadingManager.on_request_finished`
+
+    def _end(self, request: Request) -> None:
+        """Make all that a finished request used the most recent."""
+        tracked = self._track(request.row)
+        if tracked.seen:
             was_seen = np.zeros(max(int(places.max(initial=-1)) for places in tracked.seen) + 1, np.bool_)
             for places in tracked.seen:
                 was_seen[places] = True
