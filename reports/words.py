@@ -128,9 +128,11 @@ def causes(report: TargetReport) -> list[str]:
     """Which layer causes the errors of the means, a line per run and layer; none where nobody is to blame."""
     found: dict[tuple[str, str], list[str]] = {}
     for attribution in report.attributions:
-        if attribution.blamed is not None and attribution.metric.endswith("_mean"):
-            change = next(part.change for part in attribution.parts if part.layer == attribution.blamed)
-            text = f"{attribution.metric} {percent(change, signed=True)}"
+        alone = len(attribution.parts) == 1  # a layer's own measure
+        if attribution.blamed is not None and (alone or attribution.metric.endswith("_mean")):
+            error = attribution.simulated / attribution.measured - 1 if attribution.measured else math.nan
+            changes = {part.layer: part.change for part in attribution.parts}  # wrong units are no part
+            text = f"{attribution.metric} {percent(changes.get(attribution.blamed, error), signed=True)}"
             found.setdefault((attribution.run, attribution.blamed), []).append(text)
     return [f"{run}: {layer} ({', '.join(texts)})" for (run, layer), texts in found.items()]
 

@@ -101,7 +101,8 @@ def compare_e2e(
         gates: see `gates.parse_gates`.
 
     Returns:
-        Judged checks: mean, p50, p90, p99 and per-request MAPE of TTFT, TPOT and latency, and throughput. Requests
+        Judged checks: mean, p50, p90, p99 and per-request MAPE of TTFT, TPOT and latency, throughput, and under the
+        queue's clock what the way to it adds to the client's TTFT (`arrival_check`). Requests
         that the recording knows no time of are left out. Where the simulation lacks a time that was measured, the
         error is NaN, which fails a gate: leaving the request out would flatter a twin that never finishes it.
 
@@ -113,7 +114,41 @@ def compare_e2e(
     again = [_Side.of(run, clock).take(_rows_of(measured, run, "a repeated recording")) for run in repeats]
     pair = _Pair(_Side.of(measured, clock), _Side.of(simulated, clock).take(order), again, name)
     checks = [check for time in TIMES for check in _time_checks(pair, time)]
-    return [judge(check, gates) for check in (*checks, _throughput_check(pair))]
+    checks.append(_throughput_check(pair))
+    way = arrival_check(measured, in_order_of(measured, simulated), name=name) if clock == "queued_ns" else None
+    return [judge(check, gates) for check in (*checks, *([way] if way else []))]
+
+
+def arrival_check(measured: Run, simulated: Run, *, name: str) -> Check | None:
+    """Mean TTFT from the client's sending, were only the way to the engine's queue simulated.
+
+    What the queue's clock does not see: an arrival clock that is off, or a frontend that takes another time.
+
+    Args:
+        measured, simulated: the same requests in the same order.
+        name: the recorded run's name.
+
+    Returns:
+        The check, not judged; None where either run does not know both stamps of a request, or the simulation lets no
+        request take any time.
+    """
+    arrival, queued = ("arrival_ns", "queued_ns")
+    ways = [
+        _floats(pc.subtract(run.requests.column(queued), run.requests.column(arrival))) for run in (measured, simulated)
+    ]
+    seen = _floats(pc.subtract(measured.requests.column("first_token_ns"), measured.requests.column(arrival)))
+    known = np.isfinite(seen) & np.isfinite(ways).all(axis=0)
+    if not known.any() or not ways[1][known].any():
+        return None
+    seen, way, other = (values[known] / NS_PER_MS for values in (seen, *ways))
+    error = stats.ratio_of_sums(seen - way + other, seen)
+    found = _Finding.of(error, None, (float(seen.mean()), float((seen - way + other).mean())))
+    if not np.isfinite(found.error):
+        return None
+    return Check(
+        name, "e2e", "ttft_arrival", "ms", found.measured, found.simulated, found.error, found.interval, int(known.sum()),
+        note=f"only the way from arrival_ns to queued_ns is simulated; {found.how}",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

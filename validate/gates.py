@@ -40,6 +40,7 @@ def _on_levels(*kinds: str) -> tuple[str, ...]:
 # of a mean, so one number cannot serve both.
 FAMILIES: Final[Mapping[str, tuple[str, ...]]] = {
     **{time: tuple(f"{time}_{statistic}" for statistic in STATISTICS) for time in TIMES},
+    "ttft": (*(f"ttft_{statistic}" for statistic in STATISTICS), "ttft_arrival"),
     "step_mape": tuple(f"step_mape_{regime}" for regime in REGIMES),
     "queue_time": tuple(f"{queue}_time" for queue in QUEUES),
     "order": ("admission_order", "first_token_order", "finish_order"),

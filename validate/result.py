@@ -139,21 +139,24 @@ class Part:
     """One bar of a waterfall: what one simulated layer adds to the error.
 
     Attributes:
-        layer: "arrival", "cache", "schedule", "step times", "host" ..., or "remainder".
+        layer: "output", "arrival", "cache", "schedule", "step times", "host" ..., or "remainder".
         change: signed, as a fraction of the measured value; the parts add up to the error.
+        interval: 95 % interval of `change`; None where it is not known.
     """
 
     layer: str
     change: float
+    interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Attribution:
-    """How much of one end-to-end error each simulated layer causes.
+    """How much of one end-to-end error each simulated layer causes; or the error of one layer by its own measure.
 
     Attributes:
         run: name of the recorded run.
-        metric: such as "ttft_mean".
+        metric: such as "ttft_mean"; a layer's own measure is "output_tokens", "ttft_arrival", "step_bias",
+            "identical_steps" or "cached_tokens", with that layer as its only part.
         unit: of `measured` and `simulated`.
         parts: in the order of the waterfall; their changes sum to simulated / measured - 1.
         blamed: the layer that causes most of it; None while the error is within its doubt.

@@ -106,6 +106,11 @@ def blamed(recording: Run, twin: Twin, clock: Clock = "queued_ns") -> dict[str, 
     return {attribution.metric: attribution.blamed for attribution in found}
 
 
+def waterfalls(found: list[Attribution]) -> list[Attribution]:
+    """Those of end-to-end errors; the others are a layer's own measure."""
+    return [one for one in found if len(one.parts) > 1]
+
+
 def assert_adds_up(found: Attribution) -> None:
     error = found.simulated / found.measured - 1
     assert sum(part.change for part in found.parts) == pytest.approx(error, abs=1e-12)
@@ -198,7 +203,7 @@ def test_units_taken_for_others_are_named(factor: float, words: str) -> None:
 def test_a_recording_without_steps_leaves_one_bar_and_says_why() -> None:
     recording = record(6)
     alone = Run(recording.info, {"requests": recording.requests})
-    for found in attribute(alone, twin_of(alone), name="x", clock="queued_ns"):
+    for found in waterfalls(attribute(alone, twin_of(alone), name="x", clock="queued_ns")):
         assert [part.layer for part in found.parts][-1] == "step times, host, schedule"
         assert "no steps" in found.note
         assert_adds_up(found)
@@ -220,6 +225,6 @@ def test_without_call_times_an_engine_that_schedules_ahead_is_not_blamed_for_its
 def test_long_runs_are_looked_at_from_their_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
     recording = record(7)
     monkeypatch.setattr("kvtwin.validate.attribution.attribute.MAX_STEPS", 400)
-    for found in attribute(recording, twin_of(recording), name="x", clock="queued_ns"):
+    for found in waterfalls(attribute(recording, twin_of(recording), name="x", clock="queued_ns")):
         assert "of the first 400 steps" in found.note
         assert_adds_up(found)

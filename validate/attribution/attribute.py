@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
-from kvtwin.calibrate.stats import FloatArray
-from kvtwin.sim.latency.stats import BatchStats, durations_ns
+from kvtwin.calibrate.stats import FloatArray, Interval
 from kvtwin.traces.run import Run
-from kvtwin.traces.time import NS_PER_MS
-from kvtwin.validate.attribution.evidence import DECIDED, is_doubtful, suspects
-from kvtwin.validate.attribution.hybrids import HOST_AND_SCHEDULE, Stage, Twin, knows_calls, replay, stages
+from kvtwin.traces.time import NS_PER_MS, NS_PER_S
+from kvtwin.validate.attribution import clocks, evidence
+from kvtwin.validate.attribution.bars import bar_interval, summary
+from kvtwin.validate.attribution.evidence import DECIDED, holds_zero, is_doubtful
+from kvtwin.validate.attribution.hybrids import (
+    HOST_AND_SCHEDULE,
+    Stage,
+    Twin,
+    knows_calls,
+    recorded_hits,
+    replay,
+    stages,
+)
 from kvtwin.validate.beginning import beginning
-from kvtwin.validate.e2e import QUANTILES, Clock, request_metrics
+from kvtwin.validate.e2e import Clock, request_metrics
 from kvtwin.validate.gates import TIMES
 from kvtwin.validate.result import Attribution, Check, Part, ScheduleFinding
+from kvtwin.validate.scheduler.compare import compare_schedulers
+from kvtwin.validate.throughput import lag_interval
 from kvtwin.validate.units import unit_note
 
 REMAINDER: Final = "remainder"
@@ -39,6 +52,7 @@ def attribute(
     clock: Clock,
     checks: Sequence[Check] = (),
     schedule: ScheduleFinding | None = None,
+    notes: Sequence[str] = (),
 ) -> list[Attribution]:
     """Replace one simulated layer after another by its recording and see what each changes.
 
@@ -52,79 +66,193 @@ def attribute(
         twin: what predicts it.
         name: the recorded run's name.
         clock: see `e2e.request_metrics`.
-        checks, schedule: of this run: the evidence without which no layer is blamed (`evidence.suspects`).
+        checks: of this run, those of the steps among them: evidence (`evidence.py`), noise floors.
+        schedule: how the decisions compare at the recorded times; None to find out here.
+        notes: what a reader must know of the twin.
 
     Returns:
-        mean, p50, p90 of TTFT, TPOT and latency, over the requests that all stages served.
+        mean, p50, p90 of TTFT, TPOT and latency, and throughput, over the requests that all stages served; then each
+        layer's own measure, as far as it is known.
 
     Raises:
         InputError: see `e2e.request_metrics`.
     """
-    measured, twin, judged, notes = _beginning(measured, twin)
-    knows = measured.has("steps") and knows_calls(measured, twin.config)
-    # A replay at guessed times decides otherwise for that alone, which is evidence against nobody.
-    replayed, decisions = (replay(measured, twin), schedule) if knows else (None, None)
-    found = list(stages(measured, twin, replayed))
-    suspected = suspects(measured, twin, replayed, decisions, checks)
-    truth = request_metrics(measured, clock)
-    values = [_metrics(stage, measured, twin, clock) for stage in found]
-    layers = [stage.layer for stage in found[1:]]
-    layers.append(
-        REMAINDER if "arrival" in layers and measured.has("steps") else _ENGINE if "arrival" in layers else _ALL
-    )
-    notes += _missing(layers)
-    units = next(filter(None, (unit_note(truth[key], values[0][key]) for key in ("latency_ms", "ttft_ms"))), None)
-    units_of_steps = _units_of_steps(measured, twin)
-    notes += [note for note in (units, units_of_steps) if note is not None]
+    measured, twin, judged, cut = _beginning(measured, twin)
+    has_calls = knows_calls(measured, twin.config)
+    dispatched_ns = clocks.dispatches(measured, has_calls=has_calls)
+    shift_ns = clocks.queue_shift(measured, twin.run, dispatched_ns)
+    aligned = clocks.with_queue_moved(measured, shift_ns, dispatched_ns)
+    twin = replace(twin, workload=clocks.with_queue_moved(twin.workload, shift_ns, dispatched_ns))
+    case = _Case(measured, aligned, twin, name, clock, checks)
+    replayed = replay(aligned, twin) if has_calls else None
+    own = _own_measures(case, replayed, None if shift_ns else schedule, shift_ns)
+    suspected = {row.blamed for row in own if row.blamed is not None} | _host(own)
+    found = list(stages(aligned, twin, replayed))
+    sides = [_side(stage, measured, twin, clock) for stage in found]
+    truth = _Side.of(measured, clock)
+    layers = _layers(found, measured)
+    units = next(filter(None, (unit_note(truth.times[key], sides[0].times[key]) for key in ("latency", "ttft"))), None)
+    words = [*notes, *cut, *_missing(layers), *_clock_note(shift_ns), *([units] if units else []), *_step_units(checks)]
     if units is not None:
         suspected = suspected & {"step times"} or {UNITS}
-    result = []
-    for time in TIMES:
-        key = f"{time}_ms"
-        chain = [*(value[key] for value in values), truth[key]]
-        known = judged & np.isfinite(chain).all(axis=0)
-        for statistic in _STATISTICS if known.any() else ():
-            numbers = [_summary(column[known], statistic) for column in chain]
-            result.append(_waterfall(name, f"{time}_{statistic}", layers, numbers, suspected, checks, "; ".join(notes)))
-    return _with_hidden(_without_trifles(result), suspected)
+    chain = _Chain((*sides, truth), layers, judged, suspected, "; ".join(words))
+    end_to_end = _without_trifles(chain.attributions(case))
+    return _with_hidden([*end_to_end, *own], suspected)
 
 
-def _units_of_steps(measured: Run, twin: Twin) -> str | None:
+@dataclass(frozen=True)
+class _Case:
+    """What is asked: a recording, the same with its queue's clock put right, its twin, and what is known of them."""
+
+    measured: Run
+    aligned: Run
+    twin: Twin
+    name: str
+    clock: Clock
+    checks: Sequence[Check]
+
+
+def _own_measures(
+    case: _Case, replayed: Run | None, schedule: ScheduleFinding | None, shift_ns: int
+) -> list[Attribution]:
+    """Each layer by its own measure."""
+    measured, twin, name = case.aligned, case.twin, case.name
+    # A replay at guessed times decides otherwise for that alone, which is evidence against nobody.
+    with_hits = None
+    if replayed is None:
+        schedule = None
+    elif schedule is None:
+        schedule = compare_schedulers(measured, replayed, name=name)[0]
+    hits = recorded_hits(measured, twin)
+    if schedule is not None and schedule.num_identical < schedule.num_steps and hits is not None:
+        with_hits = compare_schedulers(measured, replay(measured, twin, hits), name=name)[0]
+    contradiction = clocks.steps_and_requests(case.measured)
+    return [
+        *evidence.output_lengths(measured, twin, name),
+        *evidence.arrival(measured, twin, shift_ns, case.checks, name),
+        *evidence.step_times(case.checks, contradiction or ""),
+        *evidence.decisions(measured, twin, replayed, schedule, with_hits),
+    ]
+
+
+def _host(own: Sequence[Attribution]) -> set[str]:
+    """Where decisions are the same, whatever time is left over counts as the host's."""
+    return {"host"} if any(row.metric == "identical_steps" and row.blamed is None for row in own) else set()
+
+
+def _layers(found: Sequence[Stage], measured: Run) -> list[str]:
+    """The bars' names: the stages', and what the last step to the measurement is."""
+    layers = [stage.layer for stage in found[1:]]
+    if "arrival" not in layers:
+        return [*layers, _ALL]
+    return [*layers, REMAINDER if measured.has("steps") else _ENGINE]
+
+
+def _clock_note(shift_ns: int) -> list[str]:
+    if not shift_ns:
+        return []
+    side = "before" if shift_ns > 0 else "after"
+    return [f"queued_ns lies {abs(shift_ns) / NS_PER_MS:.3f} ms {side} where the dispatches of all requests put it"]
+
+
+def _step_units(checks: Sequence[Check]) -> list[str]:
     """Requests queue on wrong step times, so that their own times are off by no unit's factor."""
-    if not measured.has("steps"):
-        return None
-    predicted = twin.latency.step_ns(BatchStats.of_steps(measured.steps), 0)
-    note = unit_note(durations_ns(measured.steps).astype(np.float64), predicted.astype(np.float64))
-    return None if note is None else f"step times: {note}"
+    words = {word for check in checks if check.level == "step" for word in check.note.split("; ") if "units" in word}
+    return [f"step times: {word}" for word in sorted(words)]
 
 
-def _waterfall(
-    run: str,
-    metric: str,
-    layers: Sequence[str],
-    numbers: Sequence[float],
-    suspected: set[str],
-    checks: Sequence[Check],
-    note: str,
-) -> Attribution:
-    """Numbers: of the twin, of each stage, and the measurement."""
-    measured, simulated = numbers[-1], numbers[0]
-    parts = tuple(
-        Part(layer, (before - after) / measured)
-        for layer, before, after in zip(layers, numbers[:-1], numbers[1:], strict=True)
-    )
-    check = next((check for check in checks if check.metric == metric), None)
-    error = simulated / measured - 1
-    doubtful = abs(error) < _NEGLIGIBLE or (check is not None and is_doubtful(check))
-    blamed = _blamed(parts, error, suspected, doubtful=doubtful)
-    return Attribution(run, metric, "ms", measured, simulated, parts, blamed, note)
+@dataclass(frozen=True)
+class _Side:
+    """One stage's times by name in TIMES, in ms, and when each request starts and finishes, in ns; NaN where unknown."""
+
+    times: Mapping[str, FloatArray]
+    start_ns: FloatArray
+    finish_ns: FloatArray
+    tokens: FloatArray
+
+    @classmethod
+    def of(cls, run: Run, clock: Clock) -> _Side:
+        """A run by itself."""
+        metrics = request_metrics(run, clock)
+        times = {time: metrics[f"{time}_ms"] for time in TIMES}
+        start_ns, tokens = (_floats(run.requests, key) for key in (clock, "output_tokens"))
+        return cls(times, start_ns, start_ns + NS_PER_MS * times["latency"], tokens)
+
+    def throughput(self, rows: npt.NDArray[np.bool_]) -> float:
+        """Output tokens per second from the first start to the last finish."""
+        span = self.finish_ns[rows].max() - self.start_ns[rows].min()
+        return float(self.tokens[rows].sum() * NS_PER_S / span) if span > 0 else float("nan")
+
+
+@dataclass(frozen=True)
+class _Chain:
+    """The stages from the twin to the measurement, and who is suspected.
+
+    Attributes:
+        sides: of the twin, of each stage, and the measurement.
+        layers: the bars between them.
+        judged: requests that count.
+        suspected: layers with evidence against them.
+        note: what a reader must know.
+    """
+
+    sides: Sequence[_Side]
+    layers: Sequence[str]
+    judged: npt.NDArray[np.bool_]
+    suspected: set[str]
+    note: str
+
+    def attributions(self, case: _Case) -> list[Attribution]:
+        """A waterfall per time and statistic, and that of the throughput."""
+        result = []
+        for time in TIMES:
+            chain = [side.times[time] for side in self.sides]
+            known = self.judged & np.isfinite(chain).all(axis=0)
+            columns = [column[known] for column in chain]
+            for statistic in _STATISTICS if known.any() else ():
+                numbers = [summary(column, statistic) for column in columns]
+                bars = pairwise(columns)
+                sure = [bar_interval(before, after, columns[-1], statistic) for before, after in bars]
+                result.append(self._waterfall(case, f"{time}_{statistic}", "ms", numbers, sure))
+        known = self.judged & np.isfinite([side.finish_ns for side in self.sides]).all(axis=0)
+        if known.any():
+            numbers = [side.throughput(known) for side in self.sides]
+            if np.isfinite(numbers).all():
+                result.append(self._waterfall(case, "throughput", "tokens/s", numbers, self._lags(known, numbers)))
+        return result
+
+    def _lags(self, known: npt.NDArray[np.bool_], numbers: Sequence[float]) -> list[Interval | None]:
+        """The intervals of the throughput's bars: how far one stage lags behind the next."""
+        result: list[Interval | None] = []
+        for (before, after), number in zip(pairwise(self.sides), numbers[1:], strict=True):
+            order = np.argsort(after.start_ns[known], kind="stable")
+            columns = [values[known][order] for values in (after.start_ns, after.finish_ns, before.finish_ns)]
+            found = lag_interval(*columns) if np.array_equal(before.tokens, after.tokens) else None
+            result.append(None if found is None else (found[0] * number / numbers[-1], found[1] * number / numbers[-1]))
+        return result
+
+    def _waterfall(
+        self, case: _Case, metric: str, unit: str, numbers: Sequence[float], sure: Sequence[Interval | None]
+    ) -> Attribution:
+        """Numbers: of the twin, of each stage, and the measurement."""
+        measured, simulated = numbers[-1], numbers[0]
+        parts = tuple(
+            Part(layer, (before - after) / measured, interval)
+            for layer, before, after, interval in zip(self.layers, numbers[:-1], numbers[1:], sure, strict=True)
+        )
+        check = next((check for check in case.checks if check.metric == metric), None)
+        error = simulated / measured - 1
+        doubtful = abs(error) < _NEGLIGIBLE or (check is not None and is_doubtful(check))
+        blamed = _blamed(parts, error, self.suspected, doubtful=doubtful)
+        return Attribution(case.name, metric, unit, measured, simulated, parts, blamed, self.note)
 
 
 def _blamed(parts: Sequence[Part], error: float, suspected: set[str], *, doubtful: bool) -> str | None:
     """Of the layers with evidence against them the one that moves the error most.
 
-    Other decisions or hits than recorded are faults whatever they do end to end. The times of a layer are blamed for an
-    error that is there, and only if they make at least half of it. Wrong units are no layer's: they are in all bars.
+    A bar whose interval holds zero is nobody's. Other decisions or hits than recorded are faults whatever they do end
+    to end. The times of a layer are blamed for an error that is there, and only if they make at least half of it. Wrong
+    units are no layer's: they are in all bars.
     """
     if UNITS in suspected:
         return UNITS
@@ -132,27 +260,28 @@ def _blamed(parts: Sequence[Part], error: float, suspected: set[str], *, doubtfu
         part
         for part in parts
         if part.layer in suspected
+        and not (part.interval is not None and holds_zero(part.interval))
         and (part.layer in DECIDED or (not doubtful and 2 * part.change * np.sign(error) >= abs(error)))
     ]
     return max(accountable, key=lambda part: abs(part.change)).layer if accountable else None
 
 
 def _without_trifles(found: Sequence[Attribution]) -> list[Attribution]:
-    """Nobody is blamed for a bar that cannot be seen, unless its layer has none that can."""
-    bars = [abs(next((part.change for part in one.parts if part.layer == one.blamed), 1.0)) for one in found]
-    seen = {one.blamed for one, bar in zip(found, bars, strict=True) if bar >= _NEGLIGIBLE}
-    return [
-        replace(one, blamed=None) if bar < _NEGLIGIBLE and one.blamed in seen else one
-        for one, bar in zip(found, bars, strict=True)
-    ]
+    """Nobody is blamed for a bar that cannot be seen: the layer's own measure names it."""
+    return [replace(one, blamed=None) if _is_trifle(one) else one for one in found]
+
+
+def _is_trifle(found: Attribution) -> bool:
+    return any(part.layer == found.blamed and abs(part.change) < _NEGLIGIBLE for part in found.parts)
 
 
 def _with_hidden(found: Sequence[Attribution], suspected: set[str]) -> list[Attribution]:
-    """Where nobody is blamed, says who differs nonetheless: errors cancel, or the clock leaves a layer out."""
+    """Where nobody is blamed end to end, says who differs nonetheless: errors cancel, or the clock leaves a layer out."""
     hidden = [layer for layer in _TIMED if layer in suspected]
-    if not hidden or any(one.blamed for one in found):
+    end_to_end = [one for one in found if len(one.parts) > 1]
+    if not hidden or any(one.blamed for one in end_to_end):
         return list(found)
-    note = f"not as recorded, though no error seen here is theirs: {', '.join(hidden)}"
+    note = f"not as recorded, though no end-to-end error seen here is theirs: {', '.join(hidden)}"
     return [replace(one, note="; ".join(filter(None, (one.note, note)))) for one in found]
 
 
@@ -171,23 +300,26 @@ def _beginning(measured: Run, twin: Twin) -> tuple[Run, Twin, npt.NDArray[np.boo
     return first, Twin(workload, twin.config, twin.latency, twin.host, run), judged, [note]
 
 
-def _metrics(stage: Stage, measured: Run, twin: Twin, clock: Clock) -> Mapping[str, FloatArray]:
-    """Times of the requests at one stage, counted from where the measurement counts."""
+def _side(stage: Stage, measured: Run, twin: Twin, clock: Clock) -> _Side:
+    """Times of the requests at one stage, counted from where the measurement counts; the twin's from its own."""
     if not stage.layer:
-        return request_metrics(Run(twin.run.info, {"requests": stage.requests}), clock)
-    start = measured.requests.column(clock).to_numpy().astype(np.float64)
-    first, finish = (
-        stage.requests.column(key).cast("float64", safe=False).to_numpy() for key in ("first_token_ns", "finish_ns")
-    )
-    gaps = measured.requests.column("output_tokens").to_numpy() - 1
-    tpot = np.full(len(gaps), np.nan)
-    np.divide((finish - first) / NS_PER_MS, gaps, out=tpot, where=gaps > 0)
+        return _Side.of(Run(twin.run.info, {"requests": stage.requests}), clock)
+    start, tokens = (_floats(measured.requests, key) for key in (clock, "output_tokens"))
+    first, finish = (_floats(stage.requests, key) for key in ("first_token_ns", "finish_ns"))
+    tpot = np.full(len(tokens), np.nan)
+    np.divide((finish - first) / NS_PER_MS, tokens - 1, out=tpot, where=tokens > 1)
     output = twin.host.output_ns if clock == "arrival_ns" else 0
-    return {
-        "ttft_ms": (first + output - start) / NS_PER_MS,
-        "tpot_ms": tpot,
-        "latency_ms": (finish + output - start) / NS_PER_MS,
+    times = {
+        "ttft": (first + output - start) / NS_PER_MS,
+        "tpot": tpot,
+        "latency": (finish + output - start) / NS_PER_MS,
     }
+    return _Side(times, start, finish + output, tokens)
+
+
+def _floats(table: pa.Table, name: str) -> FloatArray:
+    values: FloatArray = table.column(name).cast(pa.float64(), safe=False).to_numpy()
+    return values
 
 
 def _missing(layers: Sequence[str]) -> list[str]:
@@ -198,11 +330,7 @@ def _missing(layers: Sequence[str]) -> list[str]:
     if layers[-1] == _ENGINE:
         notes.append("the recording has no steps: what the engine does cannot be told apart")
     if layers[-1] == _ALL:
-        notes.append("queued_ns is not recorded: nothing can be told apart")
+        notes.append("queued_ns is not recorded, or there is no price for a step: what the engine does is one bar")
     if "cache" not in layers:
         notes.append("cache hits are as recorded, or not recorded")
     return notes
-
-
-def _summary(values: FloatArray, statistic: str) -> float:
-    return float(values.mean() if statistic == "mean" else np.quantile(values, QUANTILES[statistic]))

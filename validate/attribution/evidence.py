@@ -1,7 +1,8 @@
 """Which layers are seen to differ from the recording by themselves, whatever that does end to end.
 
 End to end, a queue turns small differences into large ones, so the largest bar of a waterfall may be chance. Only a
-layer with evidence of its own is blamed.
+layer with evidence of its own is blamed. Each piece of evidence is an `Attribution` of one part: its own measure, which
+is right or wrong whatever becomes of it.
 """
 
 from __future__ import annotations
@@ -12,65 +13,156 @@ from typing import Final
 import numpy as np
 
 from kvtwin.calibrate import stats
+from kvtwin.calibrate.stats import Interval
 from kvtwin.sim.latency.stats import durations_ns
+from kvtwin.sim.vllm.config import VllmConfig
 from kvtwin.traces.run import Run
-from kvtwin.validate.attribution.hybrids import CACHE_AND_SCHEDULE, Twin
-from kvtwin.validate.result import Check, ScheduleFinding
+from kvtwin.validate.attribution.hybrids import CACHE_AND_SCHEDULE, OUTPUT, Twin
+from kvtwin.validate.e2e import arrival_check
+from kvtwin.validate.result import Attribution, Check, Part, ScheduleFinding
 
-DECIDED: Final = ("cache", "schedule", CACHE_AND_SCHEDULE)  # layers that are right or wrong, without noise
+DECIDED: Final = ("cache", "schedule", CACHE_AND_SCHEDULE, OUTPUT)  # layers that are right or wrong, without noise
 _SURE: Final = 2.58  # standard errors: 1 % by chance
+_LONGER: Final = _SURE / 1.96  # what a 99 % interval is longer than a 95 % one
+_ALIKE: Final = 0.75  # of a shift: what the middle half of its values spans at most; if uniform from 0, it spans 1
 _FEW_HITS: Final = 0.005  # hits may move a little with the moment of an admission
+_FOLLOWS: Final = 0.1  # of the differing steps: what is left of them with recorded hits, where hits were the cause
 
 
-def suspects(
-    measured: Run, twin: Twin, replayed: Run | None, schedule: ScheduleFinding | None, checks: Sequence[Check]
-) -> set[str]:
-    """The layers that differ.
+def arrival(measured: Run, twin: Twin, shift_ns: int, checks: Sequence[Check], name: str) -> list[Attribution]:
+    """TTFT as the client sees it, were only the way to the queue simulated.
 
-    arrival: requests reach the queue at other times than recorded. cache: at the recorded times, other hits. step
-    times: the total of the predicted steps is off, beyond its interval and the noise floor. schedule: at the recorded
-    times, other decisions. host: where decisions are the same, whatever time is left over counts as the host's.
+    Args:
+        measured: the recording, its queue's clock put right.
+        twin: what predicts it.
+        shift_ns: by how much that clock was wrong (`clocks.queue_shift`).
+        checks: of the steps: slower ones let requests wait longer for the loop.
+        name: the recording's.
     """
-    found = set()
-    if _arrives_differently(measured, twin):
-        found.add("arrival")
-    if replayed is not None and _hits_differently(measured, replayed):
-        found.add("cache")
+    check = arrival_check(measured, twin.run, name=name)
+    slower = 1 + max((check.error for check in checks if check.metric == "step_bias"), default=0.0)
+    differs = shift_ns or _arrives_differently(measured, twin, max(slower, 1.0))
+    if check is None or not np.isfinite(check.error):
+        return []
+    return [_alone(check, "arrival", "arrival" if differs else None)]
+
+
+def step_times(checks: Sequence[Check], note: str) -> list[Attribution]:
+    """The total of the predicted step times."""
     bias = next((check for check in checks if check.metric == "step_bias"), None)
-    if bias is not None and not is_doubtful(bias):
-        found.add("step times")
-    if schedule is not None and schedule.num_identical < schedule.num_steps:
-        found |= {"schedule", CACHE_AND_SCHEDULE}
-    elif schedule is not None:
-        found.add("host")
-    return found
+    if bias is None or not np.isfinite(bias.error):
+        return []
+    return [_alone(bias, "step times", "step times" if _is_sure(bias) else None, note)]
+
+
+def decisions(
+    measured: Run, twin: Twin, replayed: Run | None, schedule: ScheduleFinding | None, with_hits: ScheduleFinding | None
+) -> list[Attribution]:
+    """Steps decided as recorded, at the recorded times; and hits, where decisions follow from them.
+
+    Args:
+        measured, twin: as above.
+        replayed: the simulated scheduler under the recording's clock.
+        schedule: it beside the recording.
+        with_hits: the same with the recorded hits; None where they cannot be set, or are the same.
+    """
+    if schedule is None:
+        return []
+    layer = "schedule" if isinstance(twin.config, VllmConfig) else CACHE_AND_SCHEDULE
+    differing = schedule.num_steps - schedule.num_identical
+    if with_hits is not None and with_hits.num_steps - with_hits.num_identical < _FOLLOWS * differing:
+        layer = "cache"
+    error = -differing / schedule.num_steps
+    blamed = layer if differing else None
+    rows = [_row(schedule.run, "identical_steps", "steps", schedule.num_steps, error, layer, blamed)]
+    if replayed is not None and (hits := _hits(measured, replayed)) is not None:
+        recorded, simulated, differ = hits
+        cause = layer if layer != "schedule" else "cache"
+        is_cause = differing and layer != "schedule" and differ
+        rows.append(
+            _row(
+                schedule.run,
+                "cached_tokens",
+                "tokens",
+                recorded,
+                simulated / recorded - 1,
+                cause,
+                cause if is_cause else None,
+            )
+        )
+    return rows
+
+
+def output_lengths(measured: Run, twin: Twin, name: str) -> list[Attribution]:
+    """Output tokens; none where all are as recorded."""
+    recorded, simulated = (run.requests.column("output_tokens").to_numpy() for run in (measured, twin.run))
+    if np.array_equal(recorded, simulated):
+        return []
+    total = float(recorded.sum())
+    error = float(simulated.sum()) / total - 1
+    return [_row(name, "output_tokens", "tokens", total, error, OUTPUT, OUTPUT)]
 
 
 def is_doubtful(check: Check) -> bool:
     """Whether the error may be none: within the noise floor, or with an interval that holds 0."""
     if check.verdict == "not distinguishable":
         return True
-    return check.interval is not None and check.interval[0] <= 0 <= check.interval[1]
+    return check.interval is not None and holds_zero(check.interval)
 
 
-def _arrives_differently(measured: Run, twin: Twin) -> bool:
-    """Whether the mean way to the queue differs by more than chance, and by more than the engine's loop can hide."""
+def holds_zero(interval: Interval) -> bool:
+    """Whether the bar may be none."""
+    return interval[0] <= 0 <= interval[1]
+
+
+def _is_sure(check: Check) -> bool:
+    """Beyond the noise floor and a 99 % interval."""
+    if check.verdict == "not distinguishable" or check.error == 0:
+        return False
+    low, high = check.interval or (check.error, check.error)
+    wide = (check.error - _LONGER * (check.error - low), check.error + _LONGER * (high - check.error))
+    return not holds_zero(wide)
+
+
+def _alone(check: Check, layer: str, blamed: str | None, note: str = "") -> Attribution:
+    """A check whose error is all one layer's."""
+    part = Part(layer, check.error, check.interval)
+    note = "; ".join(filter(None, (note, check.note)))
+    return Attribution(check.run, check.metric, check.unit, check.measured, check.simulated, (part,), blamed, note)
+
+
+def _row(
+    run: str, metric: str, unit: str, measured: float, error: float, layer: str, blamed: str | None
+) -> Attribution:
+    return Attribution(run, metric, unit, measured, measured * (1 + error), (Part(layer, error),), blamed)
+
+
+def _arrives_differently(measured: Run, twin: Twin, slower: float) -> bool:
+    """Whether the way to the queue differs by about the same for all, by more than chance and the engine's loop can hide.
+
+    A loop that takes requests at other turns, or a busy frontend, delays each by another time.
+    """
     delays = []
     for run in (measured, twin.run):
-        arrival, queued = (run.requests.column(name) for name in ("arrival_ns", "queued_ns"))
-        if queued.null_count:
+        sent, queued = (run.requests.column(name) for name in ("arrival_ns", "queued_ns"))
+        if queued.null_count or sent.null_count:
             return False
-        delays.append((queued.to_numpy() - arrival.to_numpy()).astype(np.float64))
+        delays.append((queued.to_numpy() - sent.to_numpy()).astype(np.float64))
     difference = delays[1] - delays[0]
     if len(difference) < 2 or not difference.any():
         return False
     error = stats.standard_error(difference)
-    turn = float(np.median(durations_ns(measured.steps))) / 2 if measured.has("steps") else 0.0
-    return bool(abs(difference.mean()) > max(_SURE * error, turn))
+    turn = slower * float(np.median(durations_ns(measured.steps))) / 2 if measured.has("steps") else 0.0
+    low, middle, high = np.quantile(difference, [0.25, 0.5, 0.75])
+    least = min(abs(difference.mean()), abs(middle))
+    return bool(least > max(_SURE * error, turn) and high - low < _ALIKE * abs(middle))
 
 
-def _hits_differently(measured: Run, replayed: Run) -> bool:
+def _hits(measured: Run, replayed: Run) -> tuple[float, float, bool] | None:
+    """Recorded and simulated tokens hit, and whether requests differ; None where neither run knows a hit."""
     recorded, simulated = (run.requests.column("cached_tokens") for run in (measured, replayed))
     both = recorded.is_valid().to_numpy() & simulated.is_valid().to_numpy()
     one, two = (column.fill_null(0).to_numpy()[both] for column in (recorded, simulated))
-    return bool(np.abs(one - two).sum() > _FEW_HITS * max(one.sum(), two.sum()))
+    if not one.sum():
+        return None
+    return float(one.sum()), float(two.sum()), bool(np.abs(one - two).sum() > _FEW_HITS * max(one.sum(), two.sum()))

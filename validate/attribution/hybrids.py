@@ -29,6 +29,8 @@ from kvtwin.validate.scheduler.replay import replay_schedule
 
 CACHE_AND_SCHEDULE: Final = "cache and schedule"  # of SGLang, whose hits cannot be set to the recorded ones
 
+OUTPUT: Final = "output"  # how many tokens are generated
+
 HOST_AND_SCHEDULE: Final = "host and schedule"  # where it is not known when the recorded schedule() was called
 
 
@@ -38,13 +40,13 @@ class Twin:
 
     Attributes:
         workload: the recording's requests, with the prompts that were sent; rows as in the recording.
-        config, latency, host: the simulated engine.
+        config, latency, host: the simulated engine; without a latency none of it can be simulated again.
         run: what it simulated; requests in the recording's order.
     """
 
     workload: Run
     config: EngineConfig
-    latency: LatencyModel
+    latency: LatencyModel | None
     host: HostTime
     run: Run
 
@@ -65,29 +67,35 @@ class Stage:
 def stages(measured: Run, twin: Twin, replayed: Run | None) -> Iterator[Stage]:
     """The twin, then one more recorded layer at a time, in the order in which a request meets them.
 
-    arrival: requests reach the engine's queue when they did; cache: they hit what they hit; step times: the model runs
+    output: they generate as many tokens; arrival: they reach the engine's queue when they did; cache: they hit what they hit; step times: the model runs
     as long as it ran, in the closed loop, so that what its errors do to the queue counts as theirs; host: the scheduler is
     called when the recorded one was (`replay_schedule`), so that only decisions are simulated; schedule: those are the
     recorded ones too, and the steps table says what came of them. A layer that the recording does not hold is passed
     over: its share is in the next one's.
 
     Args:
-        measured: the recording.
+        measured: the recording; its queue's clock is that of its steps.
         twin: what predicts it.
         replayed: `replay(measured, twin)`; None where it is not known when the recorded scheduler was called.
     """
     yield Stage("", twin.run.requests)
+    latency = twin.latency
+    if latency is None:
+        return
+    if not measured.requests.column("output_tokens").equals(twin.run.requests.column("output_tokens")):
+        run = simulate_engine(twin.workload, twin.config, latency, twin.host, record_steps=False)
+        yield Stage(OUTPUT, run.requests)
     if measured.requests.column("queued_ns").null_count:
         return
     loop = _Loop(twin, engine_arrivals(measured))
-    yield Stage("arrival", loop.serve(twin.latency))
-    hits = _recorded_hits(measured, twin)
+    yield Stage("arrival", loop.serve(latency))
+    hits = recorded_hits(measured, twin)
     if hits is not None:
         loop = dataclasses.replace(loop, hits=hits)
-        yield Stage("cache", loop.serve(twin.latency))
+        yield Stage("cache", loop.serve(latency))
     if not measured.has("steps"):
         return
-    yield Stage("step times", dataclasses.replace(loop, steps=measured.steps).serve(twin.latency))
+    yield Stage("step times", dataclasses.replace(loop, steps=measured.steps).serve(latency))
     if replayed is None:
         yield Stage(HOST_AND_SCHEDULE, _as_recorded(measured))
         return
@@ -98,6 +106,8 @@ def stages(measured: Run, twin: Twin, replayed: Run | None) -> Iterator[Stage]:
 
 def knows_calls(measured: Run, config: EngineConfig) -> bool:
     """Whether it is known when schedule() was called: recorded, or, of an engine that does not schedule ahead, clear."""
+    if not measured.has("steps"):
+        return False
     ahead = config.async_scheduling if isinstance(config, VllmConfig) else not config.disable_overlap_schedule
     return not (ahead and measured.steps.column("sched_ns").null_count)
 
@@ -153,7 +163,7 @@ class _Loop:
         return times.table(workload.requests, order)
 
 
-def _recorded_hits(measured: Run, twin: Twin) -> IntArray | None:
+def recorded_hits(measured: Run, twin: Twin) -> IntArray | None:
     """Blocks that each request hit; None where that is unknown, or the twin's hits are the same."""
     recorded = measured.requests.column("cached_tokens")
     config = twin.config

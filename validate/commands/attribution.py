@@ -9,9 +9,15 @@ from typing import TYPE_CHECKING, Any
 from kvtwin.validate.commands import common
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import pyarrow as pa
+
+    from kvtwin.sim.latency.base import LatencyModel
+    from kvtwin.sim.latency.host import HostTime
     from kvtwin.traces.run import Run
     from kvtwin.validate.attribution.hybrids import Twin
-    from kvtwin.validate.result import Attribution
+    from kvtwin.validate.result import Attribution, Check, Part
 
 
 def add(levels: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -27,7 +33,7 @@ def add(levels: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "predicted",
         type=Path,
         nargs="?",
-        help="run of kvtwin simulate, which holds its engine and its profile (default: simulate one)",
+        help="simulated run; its profile lies in it, or is fitted on its steps (default: simulate one)",
     )
     parser.add_argument(
         "--engine", type=Path, help="engine settings (default: what PREDICTED, or MEASURED, says of it)"
@@ -35,72 +41,140 @@ def add(levels: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--profile", type=Path, help="profile (JSON; default: the one that lies in PREDICTED)")
     parser.add_argument("--workload", type=Path, help="what was sent, where neither run has block hashes")
     common.add_clock(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    common.add_judging(parser)
     parser.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> int:
-    found = _attribute(args)
+    found, checks = _attribute(args)
     if args.json:
-        common.print_json({"attributions": found})
-        return 0
+        common.print_json({"attributions": found, "checks": checks})
+    else:
+        _print(found)
+    return common.verdict_code(checks)
+
+
+def _print(found: Sequence[Attribution]) -> None:
     for one in found:
-        parts = ", ".join(f"{part.layer} {part.change:+.2%}" for part in one.parts)
-        print(f"{one.metric:14} {one.simulated / one.measured - 1:+8.2%} = {parts}; blamed: {one.blamed or 'nobody'}")
+        parts = ", ".join(_bar(part) for part in one.parts)
+        print(f"{one.metric:15} {one.simulated / one.measured - 1:+8.2%} = {parts}; blamed: {one.blamed or 'nobody'}")
     for note in dict.fromkeys(one.note for one in found if one.note):
         print(f"note: {note}")
-    return 0
 
 
-def _attribute(args: argparse.Namespace) -> list[Attribution]:
-    from kvtwin.sim.latency.stats import BatchStats
+def _bar(part: Part) -> str:
+    interval = "" if part.interval is None else f" [{part.interval[0]:+.2%} .. {part.interval[1]:+.2%}]"
+    return f"{part.layer} {part.change:+.2%}{interval}"
+
+
+def _attribute(args: argparse.Namespace) -> tuple[list[Attribution], list[Check]]:
     from kvtwin.traces.readers import read_run
     from kvtwin.validate.attribution.attribute import attribute
-    from kvtwin.validate.attribution.hybrids import replay
-    from kvtwin.validate.e2e import compare_e2e
-    from kvtwin.validate.scheduler.compare import compare_schedulers
-    from kvtwin.validate.step import build_predictions, compare_steps
+    from kvtwin.validate.e2e import compare_e2e, in_order_of
+    from kvtwin.validate.step import compare_steps
 
     measured = read_run(args.measured)
-    twin = _twin(args, measured)
-    name = args.measured.name
+    predicted = read_run(args.predicted) if args.predicted else None
+    ordered = in_order_of(measured, predicted) if predicted is not None else None
+    latency, host, notes = _prices(args, predicted)
+    twin = _twin(args, measured, ordered, latency, host)
+    asked: dict[str, Any] = {"name": args.measured.name, "gates": common.read_gates(args)}
     clock: Any = f"{args.clock}_ns"
-    checks, schedule = compare_e2e(measured, twin.run, name=name, clock=clock), None
-    if measured.has("steps"):
-        predicted = twin.latency.step_ns(BatchStats.of_steps(measured.steps), 0)
-        checks += compare_steps(build_predictions(measured.steps, predicted), name=name)
-        schedule, _ = compare_schedulers(measured, replay(measured, twin), name=name)
-    return attribute(measured, twin, name=name, clock=clock, checks=checks, schedule=schedule)
+    if measured.requests.column("output_tokens").equals(twin.run.requests.column("output_tokens")):
+        checks = compare_e2e(measured, twin.run, clock=clock, **asked)
+    else:
+        checks = []
+        notes.append("output lengths differ, so times of requests are not judged by gates")
+    table, more = _predictions(measured, predicted, latency)
+    checks += [] if table is None else compare_steps(table, **asked)
+    notes += more
+    found = attribute(measured, twin, name=args.measured.name, clock=clock, checks=checks, notes=notes)
+    return found, checks
 
 
-def _twin(args: argparse.Namespace, measured: Run) -> Twin:
+def _prices(args: argparse.Namespace, predicted: Run | None) -> tuple[LatencyModel | None, HostTime, list[str]]:
+    """What a step costs in the twin, its host, and what a reader must know: of a profile, or as the run's steps tell.
+
+    Raises:
+        InputError: neither a profile nor a predicted run; or the profile cannot be used.
+    """
+    from kvtwin.calibrate.steps.calibrate import calibrate_steps
+    from kvtwin.sim.latency.host import HostTime
+    from kvtwin.sim.latency.profile import PROFILE_FILE, read_profile
+    from kvtwin.traces.errors import InputError
+
+    path = args.profile or (args.predicted / PROFILE_FILE if args.predicted else None)
+    if path is not None and (args.profile or path.exists()):
+        profile = read_profile(path)
+        return profile.latency_model(), profile.host, []
+    if predicted is None:
+        problem = "no profile: give --profile, or a simulated run"
+        raise InputError(problem, path=args.measured)
+    if not predicted.has("steps"):
+        return None, HostTime(), ["the predicted run has neither profile nor steps: its step times are not judged"]
+    try:
+        profile = calibrate_steps([predicted])
+    except InputError as error:
+        return None, HostTime(), [f"no profile, and none can be fitted on the predicted steps: {error.problem}"]
+    return profile.latency_model(), profile.host, ["no profile: bars rest on one fitted on the predicted run's steps"]
+
+
+def _predictions(
+    measured: Run, predicted: Run | None, latency: LatencyModel | None
+) -> tuple[pa.Table | None, list[str]]:
+    """Recorded steps beside what the profile says of them; beside the predicted run's own where that says otherwise."""
+    from kvtwin.sim.latency.stats import BatchStats
+    from kvtwin.traces.errors import InputError
+    from kvtwin.validate.attribution.clocks import steps_and_profile
+    from kvtwin.validate.step import build_predictions, predictions_of_run
+
+    if not measured.has("steps"):
+        return None, []
+    odd = steps_and_profile(predicted, latency) if predicted is not None and latency is not None else None
+    if predicted is not None and predicted.has("steps") and (latency is None or odd is not None):
+        try:
+            return predictions_of_run(measured, predicted)[0], [odd] if odd else []
+        except InputError as error:
+            return None, [f"step times are not judged: {error.problem}"]
+    if latency is None:
+        return None, []
+    batches = BatchStats.of_steps(measured.steps)
+    return build_predictions(measured.steps, latency.step_ns(batches, 0), batches=batches), []
+
+
+def _twin(
+    args: argparse.Namespace, measured: Run, predicted: Run | None, latency: LatencyModel | None, host: HostTime
+) -> Twin:
     """What predicts the recording: the simulated run that was given, or one that is made here."""
     from kvtwin.sim.engines import engine_config, simulate_engine
-    from kvtwin.sim.latency.profile import PROFILE_FILE, read_profile
     from kvtwin.sim.vllm.config import read_settings
-    from kvtwin.traces.errors import InputError
     from kvtwin.traces.readers import read_run
     from kvtwin.traces.workload import with_prompts
     from kvtwin.validate.attribution.hybrids import Twin
-    from kvtwin.validate.e2e import in_order_of
     from kvtwin.validate.scheduler.predicted import replay_settings
 
-    predicted = in_order_of(measured, read_run(args.predicted)) if args.predicted else None
-    path = args.profile or (args.predicted / PROFILE_FILE if args.predicted else None)
-    if path is None or not path.exists():
-        problem = "no profile: give --profile, or a run of kvtwin simulate, which holds the one it was made with"
-        raise InputError(problem, path=args.predicted or args.measured)
-    profile = read_profile(path)
-    latency = profile.latency_model()
     given = read_settings(args.engine) if args.engine else _settings(predicted) if predicted else {}
     config = engine_config(
         replay_settings(measured, given, args.engine), args.engine or args.predicted or args.measured
     )
     knows_prompts = predicted is not None and predicted.info.hash_block_tokens is not None
-    sent = read_run(args.workload) if args.workload else predicted if knows_prompts else None
-    workload = with_prompts(measured, sent)
-    run = predicted or simulate_engine(workload, config, latency, profile.host, record_steps=False)
-    return Twin(workload, config, latency, profile.host, run)
+    prompts = _with_lengths_of(measured, predicted) if predicted is not None and knows_prompts else None
+    workload = with_prompts(measured, read_run(args.workload) if args.workload else prompts)
+    if predicted is not None:
+        return Twin(workload, config, latency, host, predicted)
+    if latency is None:  # `_prices` gives one where nothing was predicted
+        raise AssertionError
+    return Twin(workload, config, latency, host, simulate_engine(workload, config, latency, host, record_steps=False))
+
+
+def _with_lengths_of(measured: Run, predicted: Run) -> Run:
+    """The prompts of a predicted run, whose output lengths may be wrong."""
+    from kvtwin.traces.run import Run
+
+    table = predicted.requests
+    index = table.schema.get_field_index("output_tokens")
+    lengths = measured.requests.column("output_tokens")
+    return Run(predicted.info, {"requests": table.set_column(index, table.schema.field(index), lengths)})
 
 
 def _settings(predicted: Run) -> dict[str, Any]:
