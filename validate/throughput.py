@@ -28,8 +28,8 @@ def lag_interval(start: FloatArray, measured_finish: FloatArray, simulated_finis
 
     Where a run is saturated, D wanders: its increments tell the variance, as the rows of any mean do. Where both keep
     up, D returns to where it was, its end is one draw from it, and its increments all but cancel. Which of the two it
-    is, the variogram E (D_{i+h} - D_i)^2 of the lag about its straight line tells: it grows as h^1 for a walk and as
-    h^0 for a lag that returns; the line between them is drawn at h^0.4.
+    is, the variogram E (D_{i+h} - D_i)^2 tells: it grows as h^2 where one falls behind steadily, as h^1 for a walk and
+    as h^0 for a lag that returns; the line between them is drawn at h^0.4.
 
     Args:
         start: when each request starts, in the order of starting; any one unit.
@@ -48,12 +48,11 @@ def lag_interval(start: FloatArray, measured_finish: FloatArray, simulated_finis
     # Each arrival's pull at log(span / span'): the increments of both, relative to what they add up to.
     shares = [np.diff(end, prepend=0.0) / span for end, span in zip(ends, spans, strict=True)]
     pull = shares[0] - shares[1]
-    wanders, end_variance = _variogram(np.cumsum(pull))
     lag = (ends[0] - ends[1]) / spans[1]
-    if not wanders:
+    if not _wanders(lag):
         return _returning(lag[n // _STARTS :])
     value = float(lag[-1])
-    return stats.around(1 + value, _wandering(n * pull, end_variance), value, is_error=True)
+    return stats.around(1 + value, _wandering(n * pull, np.cumsum(pull)), value, is_error=True)
 
 
 def _returning(lag: FloatArray) -> Interval:
@@ -74,29 +73,37 @@ def _returning(lag: FloatArray) -> Interval:
     return min(ends[0], value), max(ends[1], value)
 
 
-def _wandering(pull: FloatArray, end_variance: float) -> MeanVariance:
-    """How the mean of all pulls varies: as their sum wanders, and as its end is one draw from what lies on top."""
+def _wandering(pull: FloatArray, line: FloatArray) -> MeanVariance:
+    """How the mean of all pulls varies: as their sum wanders, and as its end is one draw from what lies on top.
+
+    The variogram of a walk and something that returns is 2 c + s h, about its straight `line`; c is the variance of the
+    latter.
+    """
     walk = variance_of_mean(pull)
-    both = walk.variance + end_variance
+    far, near = _steps(len(line))
+    # Tied down at both ends, a walk varies less by 1 - h / n.
+    at_far, at_near = (_variogram(line, step) / (1 - step / len(line)) for step in (far, near))
+    end = max(at_near - near / far * at_far, 0.0) / (2 * (1 - near / far)) if near < far else 0.0
+    both = walk.variance + end
     if both == 0:
         return walk
-    dof = both**2 / (walk.variance**2 / walk.dof + end_variance**2 / _END_DOF)  # Satterthwaite 1946
+    dof = both**2 / (walk.variance**2 / walk.dof + end**2 / _END_DOF)  # Satterthwaite 1946
     return MeanVariance(both, dof, walk.rows, walk.skewness * (walk.variance / both) ** 1.5)
 
 
-def _variogram(lag: FloatArray) -> tuple[bool, float]:
-    """Whether the lag (about its straight line) wanders, and the variance of what lies on top of a walk.
+def _wanders(lag: FloatArray) -> bool:
+    """Whether the lag does not return to where it was."""
+    far, near = _steps(len(lag))
+    at_far, at_near = _variogram(lag, far), _variogram(lag, near)
+    if near == far or at_near == 0:
+        return at_far > 0
+    return bool(at_far > at_near * (far / near) ** _GROWS)
 
-    The variogram of a walk and something that returns is 2 c + s h; c is the variance of the latter.
-    """
-    n = len(lag)
+
+def _steps(n: int) -> tuple[int, int]:
     far = max(n // _PART, 1)
-    near = max(far // _FRACTION, 1)
-    if near == far:
-        return True, 0.0
-    # Tied down at both ends, a walk varies less by 1 - h / n.
-    at_far, at_near = (float(np.mean((lag[step:] - lag[:-step]) ** 2)) / (1 - step / n) for step in (far, near))
-    if at_far == 0 or at_near == 0:
-        return at_far > 0, 0.0
-    exponent = np.log(at_far / at_near) / np.log(far / near)
-    return bool(exponent > _GROWS), max(at_near - near / far * at_far, 0.0) / (2 * (1 - near / far))
+    return far, max(far // _FRACTION, 1)
+
+
+def _variogram(lag: FloatArray, step: int) -> float:
+    return float(np.mean((lag[step:] - lag[:-step]) ** 2))
