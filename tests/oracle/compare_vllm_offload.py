@@ -14,7 +14,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from kvtwin.sim.vllm.cache_log import HBM, HOST
+from kvtwin.sim.vllm.cache_log import HBM, HOST, STORAGE
 from kvtwin.sim.vllm.simulate import build_requests, simulate
 from kvtwin.traces.errors import KvtwinError
 from kvtwin.traces.readers import kvtwin_jsonl, vllm_recording
@@ -24,7 +24,14 @@ from kvtwin.traces.run import Run
 sys.path.insert(0, str(Path(__file__).parent))
 import compare  # type: ignore[import-not-found]  # beside this file
 
-_KINDS = {(HOST, "evict"): "evict", (HOST, "store"): "store", (HBM, "load_back"): "load_back"}
+_KINDS = {
+    (HOST, "evict"): "evict",
+    (HOST, "store"): "store",
+    (HBM, "load_back"): "load_back",
+    (STORAGE, "prefetch_start"): "prefetch_start",
+    (STORAGE, "prefetch_done"): "prefetch_done",
+    (STORAGE, "store"): "disk_store",
+}
 
 Events = dict[tuple[int, str], list[str]]  # by time and kind: blocks, victims in order, others sorted
 

