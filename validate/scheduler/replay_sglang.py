@@ -104,7 +104,8 @@ class SglangReplay:
         scheduler = self._scheduler
         if self.is_busy or not scheduler.waiting:
             return None
-        if scheduler.batch_is_full or len(scheduler.running) >= self._config.max_running_requests:
+        places = self._config.max_running_requests
+        if scheduler.running and (scheduler.batch_is_full or len(scheduler.running) >= places):
             return self._clock.now_ns  # the loop's next turn only finds that the full batch has ended
         if not self._config.enable_hierarchical_cache:
             return None
