@@ -9,6 +9,7 @@ Only numbers leave this file.
 from __future__ import annotations
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Final, Protocol, Self
@@ -172,7 +173,7 @@ class Pooled(_Fitted):
         return self
 
 
-class _OnBase(_Fitted):
+class _OnBase(_Fitted, ABC):
     """Physics and a table on top of it.
 
     Args:
@@ -203,8 +204,9 @@ class _OnBase(_Fitted):
         self.model_ = replace(base, bank=self._bank(samples, base.time_us(samples.columns)))
         return self
 
+    @abstractmethod
     def _bank(self, samples: OpSamples, base_us: FloatArray) -> ShapeBank:
-        raise NotImplementedError
+        """The table of ratios or rests, where the base says `base_us`."""
 
 
 class Corrected(_OnBase):

@@ -1,9 +1,9 @@
 """Which candidate a profile takes, and what its held-out errors were.
 
 The rule: on each load axis the mean absolute error of the left-out inner rows counts, every axis alike. The best
-candidate is the one with the lowest mean; a simpler one is *equal* to it where it is behind by no more than one standard
-error of the paired difference over left-out values and no more than a twentieth of the best one's error, or by less than
-0.05 percentage points. Of equal candidates the simplest is taken; the naive fits never are.
+candidate is the one with the lowest mean; a simpler one is *equal* to it where it is behind by no more than one
+standard error of the paired difference over left-out values and no more than a twentieth of the best one's error, or
+by less than 0.05 percentage points. Of equal candidates the simplest is taken; the naive fits never are.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def choose(samples: OpSamples, held: HeldOut) -> Choice:
 
 
 def _standard_error(difference: FloatArray, held: HeldOut, axes: Sequence[str]) -> float:
-    """Of the mean over axes of the mean paired difference, resampling left-out values."""
+    """Of the mean over axes of the mean paired difference, from the spread between left-out values."""
     variance = 0.0
     for axis in axes:
         part = held.part(axis, True)

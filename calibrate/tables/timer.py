@@ -1,7 +1,7 @@
 """The step of the timer that measured a table, read off its times: they stand on a lattice.
 
-Blackwell GPUs (B200, RTX PRO 6000 in aiconfigurator's tables) count 2.048 us at a time: a kernel of 9 us is off by up to
-11 %, whoever predicts it. That is noise of the measurement, so it is in the noise floor.
+Blackwell GPUs (B200, RTX PRO 6000 in aiconfigurator's tables) count 2.048 us at a time: a kernel of 9 us is off by
+up to 11 %, whoever predicts it. That is noise of the measurement, so it is in the noise floor.
 """
 
 from __future__ import annotations

@@ -2,13 +2,14 @@
 
     trend = sum over terms of price * term
 
-Terms are shaped like a roofline: a floor (1), bytes, arithmetic, and *waves*: a GPU runs `slots` thread blocks at once,
-so 189 blocks on 188 slots take as long as 376. `tile` is how many rows one block works on. Only +, -, *, /, comparisons,
-ceil and floor are used, so the numbers are the same on every machine (see `grid.py`).
+Terms are shaped like a roofline: a floor (1), bytes, arithmetic, and *waves*: a GPU runs `slots` thread blocks at
+once, so 189 blocks on 188 slots take as long as 376. `tile` is how many rows one block works on. Only +, -, *, /,
+comparisons, ceil and floor are used, so the numbers are the same on every machine (see `grid.py`).
 
-Sources: the blocks of FlashAttention-2 (`flash_fwd_kernel.h`: one per tile of queries, sequence and head; decodes pack a
-key-value head's queries and split the context where the GPU would idle), list scheduling of blocks (Graham 1969) and NVIDIA's "Matrix Multiplication Background
-User's Guide" (tile and wave quantisation). TPUs and CPUs have no waves: there the fit picks slots = 0.
+Sources: the blocks of FlashAttention-2 (`flash_fwd_kernel.h`: one per tile of queries, sequence and head; decodes pack
+a key-value head's queries and split the context where the GPU would idle), list scheduling of blocks (Graham 1969) and
+NVIDIA's "Matrix Multiplication Background User's Guide" (tile and wave quantisation). TPUs and CPUs have no waves:
+there the fit picks slots = 0.
 """
 
 from __future__ import annotations
