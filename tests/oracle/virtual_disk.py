@@ -58,6 +58,7 @@ def make_manager(clock: Any, num_blocks: int, links: dict[str, float], note: Cal
         """Its thread's two queues, on the clock."""
 
         def __init__(self, disk: Any) -> None:
+            self._lookup_queue: Any
             super().__init__("disk")
             self._lookup_queue.put(None)  # the real thread ends
             self._thread.join()
@@ -109,6 +110,7 @@ def make_manager(clock: Any, num_blocks: int, links: dict[str, float], note: Cal
             self.reads.send(len(job.keys), (job.job_id, job.keys))
 
         def get_finished_jobs(self) -> list[Any]:
+            ended: list[tuple[int, int, str, list[bytes]]]
             ended = [(clock.now, job_id, "", []) for job_id in self._no_work]
             self._no_work.clear()
             for thread, kind in ((self.reads, "prefetch_done"), (self.writes, "disk_store")):
