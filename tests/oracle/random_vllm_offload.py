@@ -82,7 +82,6 @@ class Links:
         self._prices = {True: self._price(config, "d2h"), False: self._price(config, "h2d")}
         self._free_ns = {True: 0, False: 0}
         self._copies: dict[bool, deque[Copy]] = {True: deque(), False: deque()}
-        self.num_submitted = 0
 
     @staticmethod
     def _price(config: dict[str, Any], name: str) -> tuple[float, float]:
@@ -100,7 +99,6 @@ class Links:
         end_ns = start_ns + round(base + blocks * self._block_size * per_token)
         self._free_ns[is_store] = end_ns
         self._copies[is_store].append(Copy(job_id, is_store, end_ns))
-        self.num_submitted += 1
         return True
 
     def submit_store(self, job_id: int, source: Any, target: Any) -> bool:
@@ -282,7 +280,7 @@ def offload_driver(driver: Any) -> type[Any]:
             queue: deque[Any] = deque()
             for _ in range(MAX_TURNS):
                 self.add_arrived()
-                submitted, moved = self.links.num_submitted, False
+                moved = False
                 if scheduler.has_requests():
                     batch = self.schedule()
                     executed = bool(batch[2]["scheduled"])
@@ -294,7 +292,6 @@ def offload_driver(driver: Any) -> type[Any]:
                     done = queue.popleft()
                     moved |= bool(done[2]["scheduled"]) or not done[2]["kv"].is_empty()
                     self.update(*done)
-                moved |= submitted < self.links.num_submitted
                 moved |= any(batch[2]["scheduled"] or not batch[2]["kv"].is_empty() for batch in queue)
                 moved |= scheduler.has_requests() and bool(self.worker.connector_worker._unsubmitted_store_jobs)
                 if not moved and not self.wait():
