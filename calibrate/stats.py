@@ -355,9 +355,12 @@ def describe(statistic: Statistic, rows: str) -> str:
     # Rows that the value does not rest on (other regimes) pull at nothing, but are there: the share is that of all.
     known = min(statistic.variance.rows, statistic.loads_seen)
     independent = statistic.num_rows * known / len(statistic.influence)
-    few = ": the interval may be too narrow" if independent < _FEW else ""
     if statistic.hangs_on_a_spell:
         few = ": too few for an interval of a quantile, which hangs on the busiest spell alone"
+    elif interval(statistic) is None:
+        few = ": too few for an interval"
+    else:
+        few = ": the interval may be too narrow" if independent < _FEW else ""
     return f"{statistic.num_rows} {rows}, as good as {independent:.0f} independent ones{few}"
 
 
