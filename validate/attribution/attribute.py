@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from kvtwin.calibrate.stats import FloatArray, Interval
+from kvtwin.traces.errors import InputError
 from kvtwin.traces.run import Run
 from kvtwin.traces.time import NS_PER_MS, NS_PER_S
 from kvtwin.validate.attribution import clocks, evidence
@@ -78,61 +79,58 @@ def attribute(
         InputError: see `e2e.request_metrics`.
     """
     measured, twin, judged, cut = _beginning(measured, twin)
+    truth, predicted = _Side.of(measured, clock), _Side.of(twin.run, clock)
+    contradiction = clocks.steps_and_requests(measured)
+    steps = evidence.step_times(checks, contradiction or "")
+    unit = next(filter(None, (unit_note(truth.times[key], predicted.times[key]) for key in ("latency", "ttft"))), None)
+    words = [*notes, *cut, *filter(None, (unit, contradiction)), *_step_units(checks)]
+    if unit is not None and not any(row.blamed for row in steps):
+        # Nothing can be replayed at times of another unit, and no layer is at fault.
+        chain = _Chain((predicted, truth), [UNITS], judged, {UNITS}, "; ".join(words))
+        return [*chain.attributions(name, checks), *steps]
     has_calls = knows_calls(measured, twin.config)
     dispatched_ns = clocks.dispatches(measured, has_calls=has_calls)
     shift_ns = clocks.queue_shift(measured, twin.run, dispatched_ns)
     aligned = clocks.with_queue_moved(measured, shift_ns, dispatched_ns)
     twin = replace(twin, workload=clocks.with_queue_moved(twin.workload, shift_ns, dispatched_ns))
-    case = _Case(measured, aligned, twin, name, clock, checks)
-    replayed = replay(aligned, twin) if has_calls else None
-    own = _own_measures(case, replayed, None if shift_ns else schedule, shift_ns)
-    suspected = {row.blamed for row in own if row.blamed is not None} | _host(own)
-    found = list(stages(aligned, twin, replayed))
-    sides = [_side(stage, measured, twin, clock) for stage in found]
-    truth = _Side.of(measured, clock)
-    layers = _layers(found, measured)
-    units = next(filter(None, (unit_note(truth.times[key], sides[0].times[key]) for key in ("latency", "ttft"))), None)
-    words = [*notes, *cut, *_missing(layers), *_clock_note(shift_ns), *([units] if units else []), *_step_units(checks)]
-    if units is not None:
-        suspected = suspected & {"step times"} or {UNITS}
-    chain = _Chain((*sides, truth), layers, judged, suspected, "; ".join(words))
-    end_to_end = _without_trifles(chain.attributions(case))
-    return _with_hidden([*end_to_end, *own], suspected)
-
-
-@dataclass(frozen=True)
-class _Case:
-    """What is asked: a recording, the same with its queue's clock put right, its twin, and what is known of them."""
-
-    measured: Run
-    aligned: Run
-    twin: Twin
-    name: str
-    clock: Clock
-    checks: Sequence[Check]
-
-
-def _own_measures(
-    case: _Case, replayed: Run | None, schedule: ScheduleFinding | None, shift_ns: int
-) -> list[Attribution]:
-    """Each layer by its own measure."""
-    measured, twin, name = case.aligned, case.twin, case.name
-    # A replay at guessed times decides otherwise for that alone, which is evidence against nobody.
-    with_hits = None
-    if replayed is None:
-        schedule = None
-    elif schedule is None:
-        schedule = compare_schedulers(measured, replayed, name=name)[0]
-    hits = recorded_hits(measured, twin)
-    if schedule is not None and schedule.num_identical < schedule.num_steps and hits is not None:
-        with_hits = compare_schedulers(measured, replay(measured, twin, hits), name=name)[0]
-    contradiction = clocks.steps_and_requests(case.measured)
-    return [
+    replayed, refused = _replay(aligned, twin) if has_calls else (None, [])
+    own = [
         *evidence.output_lengths(measured, twin, name),
-        *evidence.arrival(measured, twin, shift_ns, case.checks, name),
-        *evidence.step_times(case.checks, contradiction or ""),
-        *evidence.decisions(measured, twin, replayed, schedule, with_hits),
+        *evidence.arrival(aligned, twin, shift_ns, checks, name),
+        *steps,
+        *_decisions(aligned, twin, replayed, None if shift_ns else schedule, name),
     ]
+    suspected = {row.blamed for row in own if row.blamed is not None} | (set() if contradiction else _host(own))
+    found = list(stages(aligned, twin, replayed))
+    layers = _layers(found, measured)
+    words += [*refused, *_missing(layers), *_clock_note(shift_ns)]
+    sides = (predicted, *(_side(stage, measured, twin, clock) for stage in found[1:]), truth)
+    chain = _Chain(sides, layers, judged, suspected, "; ".join(words))
+    return _with_hidden([*_without_trifles(chain.attributions(name, checks)), *own], suspected)
+
+
+def _replay(measured: Run, twin: Twin) -> tuple[Run | None, list[str]]:
+    """The simulated scheduler under the recording's clock; None, and why, where the log cannot be replayed."""
+    try:
+        return replay(measured, twin), []
+    except InputError as error:
+        return None, [f"decisions are not judged: {error.problem}"]
+
+
+def _decisions(
+    measured: Run, twin: Twin, replayed: Run | None, schedule: ScheduleFinding | None, name: str
+) -> list[Attribution]:
+    """Decisions and hits by their own measure.
+
+    A replay at guessed times decides otherwise for that alone, which is evidence against nobody.
+    """
+    if replayed is None:
+        return []
+    schedule = schedule or compare_schedulers(measured, replayed, name=name)[0]
+    with_hits, hits = None, recorded_hits(measured, twin)
+    if schedule.num_identical < schedule.num_steps and hits is not None:
+        with_hits = compare_schedulers(measured, replay(measured, twin, hits), name=name)[0]
+    return evidence.decisions(measured, twin, replayed, schedule, with_hits)
 
 
 def _host(own: Sequence[Attribution]) -> set[str]:
@@ -202,7 +200,7 @@ class _Chain:
     suspected: set[str]
     note: str
 
-    def attributions(self, case: _Case) -> list[Attribution]:
+    def attributions(self, name: str, checks: Sequence[Check]) -> list[Attribution]:
         """A waterfall per time and statistic, and that of the throughput."""
         result = []
         for time in TIMES:
@@ -213,12 +211,14 @@ class _Chain:
                 numbers = [summary(column, statistic) for column in columns]
                 bars = pairwise(columns)
                 sure = [bar_interval(before, after, columns[-1], statistic) for before, after in bars]
-                result.append(self._waterfall(case, f"{time}_{statistic}", "ms", numbers, sure))
+                result.append(self._waterfall(name, checks, f"{time}_{statistic}", "ms", numbers, sure))
         known = self.judged & np.isfinite([side.finish_ns for side in self.sides]).all(axis=0)
         if known.any():
             numbers = [side.throughput(known) for side in self.sides]
             if np.isfinite(numbers).all():
-                result.append(self._waterfall(case, "throughput", "tokens/s", numbers, self._lags(known, numbers)))
+                result.append(
+                    self._waterfall(name, checks, "throughput", "tokens/s", numbers, self._lags(known, numbers))
+                )
         return result
 
     def _lags(self, known: npt.NDArray[np.bool_], numbers: Sequence[float]) -> list[Interval | None]:
@@ -232,7 +232,13 @@ class _Chain:
         return result
 
     def _waterfall(
-        self, case: _Case, metric: str, unit: str, numbers: Sequence[float], sure: Sequence[Interval | None]
+        self,
+        name: str,
+        checks: Sequence[Check],
+        metric: str,
+        unit: str,
+        numbers: Sequence[float],
+        sure: Sequence[Interval | None],
     ) -> Attribution:
         """Numbers: of the twin, of each stage, and the measurement."""
         measured, simulated = numbers[-1], numbers[0]
@@ -240,11 +246,11 @@ class _Chain:
             Part(layer, (before - after) / measured, interval)
             for layer, before, after, interval in zip(self.layers, numbers[:-1], numbers[1:], sure, strict=True)
         )
-        check = next((check for check in case.checks if check.metric == metric), None)
+        check = next((check for check in checks if check.metric == metric), None)
         error = simulated / measured - 1
         doubtful = abs(error) < _NEGLIGIBLE or (check is not None and is_doubtful(check))
         blamed = _blamed(parts, error, self.suspected, doubtful=doubtful)
-        return Attribution(case.name, metric, unit, measured, simulated, parts, blamed, self.note)
+        return Attribution(name, metric, unit, measured, simulated, parts, blamed, self.note)
 
 
 def _blamed(parts: Sequence[Part], error: float, suspected: set[str], *, doubtful: bool) -> str | None:
@@ -301,9 +307,7 @@ def _beginning(measured: Run, twin: Twin) -> tuple[Run, Twin, npt.NDArray[np.boo
 
 
 def _side(stage: Stage, measured: Run, twin: Twin, clock: Clock) -> _Side:
-    """Times of the requests at one stage, counted from where the measurement counts; the twin's from its own."""
-    if not stage.layer:
-        return _Side.of(Run(twin.run.info, {"requests": stage.requests}), clock)
+    """Times of the requests at one stage, counted from where the measurement counts."""
     start, tokens = (_floats(measured.requests, key) for key in (clock, "output_tokens"))
     first, finish = (_floats(stage.requests, key) for key in ("first_token_ns", "finish_ns"))
     tpot = np.full(len(tokens), np.nan)

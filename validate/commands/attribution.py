@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from kvtwin.sim.latency.host import HostTime
     from kvtwin.traces.run import Run
     from kvtwin.validate.attribution.hybrids import Twin
+    from kvtwin.validate.gates import Gates
     from kvtwin.validate.result import Attribution, Check, Part
 
 
@@ -89,7 +90,20 @@ def _attribute(args: argparse.Namespace) -> tuple[list[Attribution], list[Check]
     checks += [] if table is None else compare_steps(table, **asked)
     notes += more
     found = attribute(measured, twin, name=args.measured.name, clock=clock, checks=checks, notes=notes)
-    return found, checks
+    return found, [*checks, *(_decisions(one, asked["gates"]) for one in found if one.metric == "identical_steps")]
+
+
+def _decisions(found: Attribution, gates: Gates) -> Check:
+    """The check of the scheduler that attribution rests on."""
+    from kvtwin.validate.gates import judge
+    from kvtwin.validate.result import Check
+
+    error = found.parts[0].change
+    number = int(found.measured)
+    unjudged = Check(
+        found.run, "scheduler", found.metric, found.unit, found.measured, found.simulated, error, None, number
+    )
+    return judge(unjudged, gates)
 
 
 def _prices(args: argparse.Namespace, predicted: Run | None) -> tuple[LatencyModel | None, HostTime, list[str]]:
