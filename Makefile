@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # PYTHONSAFEPATH: with the repository as working directory, a bare `import traces` must not find our folders.
 export PYTHONSAFEPATH := 1
+# Two test workers on two cores, each with two threads of BLAS that wait for one another, are ten times slower than one.
+export OPENBLAS_NUM_THREADS ?= 1
 
 .PHONY: demo test lint bench fidelity site oracle lock clean
 

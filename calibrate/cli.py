@@ -68,7 +68,12 @@ def _add_run_options(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_kernel_options(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--model", metavar="NAME", help="the checkpoint (default: what meta.yaml says)")
+    group.add_argument(
+        "--model",
+        metavar="NAME",
+        help="the checkpoint, by name or by its config.json (default: what meta.yaml says); with table files: compose "
+        "their operators into its steps",
+    )
     group.add_argument("--tensor-parallel-size", type=int, metavar="N", help="GPUs per layer (default: 1)")
     group.add_argument(
         "--collectives", type=Path, metavar="FILE", help="all-reduce times, needed above one GPU (parquet or csv)"
@@ -112,8 +117,14 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _from_tables(args: argparse.Namespace) -> Profile:
-    _refuse_options(args, (*_KERNEL_OPTIONS, *_RUN_OPTIONS), "is not for table files")
-    return tables.from_tables(args)
+    composing = ("model", "tensor_parallel_size")
+    others = [name for name in _KERNEL_OPTIONS if name not in composing]
+    _refuse_options(args, (*others, *_RUN_OPTIONS), "is not for table files")
+    if not args.model:
+        _refuse_options(args, ("tensor_parallel_size",), "composes a step from tables, which needs --model too")
+        return tables.from_tables(args)
+    _refuse_options(args, ("test", "reference", "num_samples"), "goes with single operators, not with --model")
+    return tables.composed(args)
 
 
 def _diff(args: argparse.Namespace) -> int:
@@ -216,10 +227,10 @@ def _from_kernels(args: argparse.Namespace) -> Profile:
 
 
 def _model(args: argparse.Namespace, kernels: KernelProfile) -> ModelSpec:
-    from kvtwin.calibrate.models import model_spec
+    from kvtwin.calibrate.models import read_model
 
     name = args.model or kernels.meta.get("model")
     if not isinstance(name, str):
         raise InputError("meta.yaml does not name the model: give it with --model", path=kernels.path)
-    model = model_spec(name)
+    model = read_model(name)
     return replace(model, num_hidden_layers=args.layers) if args.layers else model

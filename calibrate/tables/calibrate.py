@@ -49,8 +49,8 @@ def calibrate_tables(
         InputError: see `checks.prepare`; or two GPUs or engine versions among the tables.
     """
     checked = [prepare(table) for table in tables]
-    device = hardware or _only(tables, "hardware")
-    engine = _engine(tables)
+    device = hardware or only_fact(tables, "hardware")
+    engine = only_engine(tables)
     fitted: list[Fitted] = []
     small: list[str] = []
     suspect: dict[str, Any] = {}
@@ -67,7 +67,7 @@ def calibrate_tables(
         kind="operators",
         latency=OperatorTable([found.model for found in fitted]).to_json(),
         hardware=device,
-        model=_only(tables, "model"),
+        model=only_fact(tables, "model"),
         engine=engine,
         domain={},
         accuracy=accuracy,
@@ -126,7 +126,7 @@ def _described(found: Fitted) -> dict[str, Any]:
     }
 
 
-def _only(tables: Sequence[OpTable], name: str) -> str | None:
+def only_fact(tables: Sequence[OpTable], name: str) -> str | None:
     """A fact that all tables which state it agree on."""
     values = {table.facts[name]: table for table in tables if name in table.facts}
     if len(values) > 1:
@@ -138,7 +138,7 @@ def _only(tables: Sequence[OpTable], name: str) -> str | None:
     return next(iter(values), None)
 
 
-def _engine(tables: Sequence[OpTable]) -> str | None:
+def only_engine(tables: Sequence[OpTable]) -> str | None:
     """Engine and version that all tables agree on; `checks.prepare` has seen to it that each has one version."""
     found: dict[str, OpTable] = {}
     for table in tables:

@@ -78,6 +78,39 @@ def from_tables(args: argparse.Namespace) -> Profile:
     return profile
 
 
+def composed(args: argparse.Namespace) -> Profile:
+    """Read, filter, and compose into the steps of `--model`. Raises InputError as the readers and `compose_tables` do."""
+    from kvtwin.calibrate.models import read_model
+    from kvtwin.calibrate.operators.compose import compose_tables
+    from kvtwin.traces.readers.op_tables import read_op_table
+
+    degree = 1 if args.tensor_parallel_size is None else args.tensor_parallel_size
+    if degree < 1:
+        raise InputError(f"--tensor-parallel-size {degree}: at least 1 expected")
+    model, wanted = read_model(args.model), filters(args.filter or [])
+    read = [read_op_table(path) for path in args.samples]
+    with stage_bar(len(read), "operator") as tell:
+        return compose_tables(
+            _filtered(read, wanted),
+            model=model,
+            tensor_parallel_size=degree,
+            hardware=args.hardware,
+            progress=tell,
+        )
+
+
+def _filtered(tables: Sequence[OpTable], wanted: Mapping[str, str]) -> list[OpTable]:
+    """Each table by those of the filters that its operators know; a filter that none knows is refused."""
+    known = [{name for sample in table.samples for name in sample.key} for table in tables]
+    for name, value in wanted.items():
+        if not any(name in names for names in known):
+            tables[0].only({name: value})
+    return [
+        table.only({name: value for name, value in wanted.items() if name in names})
+        for table, names in zip(tables, known, strict=True)
+    ]
+
+
 def filters(texts: Sequence[str]) -> dict[str, str]:
     """NAME=VALUE pairs. Raises InputError for anything else."""
     found = {}

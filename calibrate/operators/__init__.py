@@ -1,0 +1,1 @@
+"""Times of single operators -> the time of a whole step."""

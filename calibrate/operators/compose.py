@@ -1,0 +1,217 @@
+"""Tables of operators -> a profile that prices whole steps.
+
+A step runs its dense operators over all new tokens, attention of its prompts, attention of its decodes, and what is done
+once per request; kernels follow one another without gaps, as in the tables' own loops. That prompts' and decodes'
+attention are two kernels is aiconfigurator's rule for mixed steps (`backends/base_backend.py`, `_get_mix_step_latency`)
+and Vidur's. Tables are measured with equal contexts: a batch is priced by the mean of its contexts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import numpy as np
+
+from kvtwin.calibrate.gpus import gpu_spec
+from kvtwin.calibrate.models import ModelSpec
+from kvtwin.calibrate.operators.fits import OperatorFits
+from kvtwin.calibrate.operators.recipes import Dense, Recipe, recipe_for
+from kvtwin.calibrate.tables.calibrate import Fitted, accuracy_of, only_engine, only_fact
+from kvtwin.sim.latency.composed import ComposedLatency
+from kvtwin.sim.latency.grid import FloatArray, Grid
+from kvtwin.sim.latency.profile import Profile
+from kvtwin.traces.errors import InputError
+from kvtwin.traces.readers.optable import OpTable
+
+_BANDWIDTH_SHARE: Final = 0.8  # aiconfigurator's `mem_bw_empirical_scaling_factor`
+_MOVED_US: Final = 3.0  # its `mem_empirical_constant_latency`
+_VALUE_BYTES: Final = 2  # 16 bits
+_NO_COST: Final = Grid([[0.0], [0.0]], [[0.0]])
+
+
+def compose_tables(
+    tables: Sequence[OpTable],
+    *,
+    model: ModelSpec,
+    tensor_parallel_size: int = 1,
+    hardware: str | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Profile:
+    """Compose a step-latency profile from tables of operators.
+
+    Args:
+        tables: matrix products (or layers), attention, and above one GPU all-reduces, of one engine version on one GPU.
+        model: the checkpoint's shape.
+        tensor_parallel_size: GPUs per layer.
+        hardware: GPU, where the files do not say.
+        progress: told which operator is fitted next.
+
+    Raises:
+        InputError: an operator is missing, a choice between kinds of times is open, or see `OperatorFits`.
+    """
+    device = hardware or only_fact(tables, "hardware")
+    fits = OperatorFits(tables, model, tensor_parallel_size, device, progress)
+    recipe = recipe_for(model, tensor_parallel_size, fits.ops)
+    bytes_per_us = _bandwidth(device) if recipe.moved else 0.0
+    fits.fit(recipe.operators(tensor_parallel_size))
+    parts = {"dense": _summed([(dense, fits.fitted[dense.op]) for dense in recipe.per_token], bytes_per_us)}
+    if recipe.moved:
+        parts["moved"] = _moved(recipe, bytes_per_us, parts["dense"])
+    if tensor_parallel_size > 1:
+        parts["collectives"] = _all_reduces(
+            fits.fitted["all_reduce"], recipe, model, tensor_parallel_size, parts["dense"]
+        )
+    heads = {
+        "num_heads": model.num_attention_heads / tensor_parallel_size,
+        "num_key_value_heads": max(1.0, model.num_key_value_heads / tensor_parallel_size),
+    }
+    decode = _decode_grid(fits.fitted[recipe.decode], heads)
+    latency = ComposedLatency(
+        num_layers=model.num_hidden_layers,
+        num_kernels=0,
+        launch_gap_us=0.0,
+        tokens=parts,
+        sequences=_summed([(dense, fits.fitted[dense.op]) for dense in recipe.per_request], bytes_per_us),
+        decode=decode,
+        prefill=_prefill_grid(fits.fitted[recipe.prefill], heads),
+        increment=_beside_prompts(decode),
+        unevenness_decode=_NO_COST,
+        unevenness_mixed=_NO_COST,
+    )
+    return Profile(
+        kind="composed",
+        latency=latency.to_json(),
+        hardware=device,
+        model=model.name,
+        engine=only_engine(tables),
+        tensor_parallel_size=tensor_parallel_size,
+        domain=_domain(latency),
+        accuracy=accuracy_of(list(fits.fitted.values())),
+        provenance={
+            "sources": [dict(table.source) for table in tables],
+            "operators": {op: found.samples.name for op, found in fits.fitted.items()},
+            "assumed": [
+                f"{moved.name}: {moved.bytes_per_token:.0f} bytes a token at {_BANDWIDTH_SHARE} of the bandwidth, and "
+                f"{_MOVED_US} us"
+                for moved in recipe.moved
+            ],
+            "weights": "a product of matrices takes no less than reading its weights at the memory's bandwidth",
+            "left_out": list(recipe.missing),
+            "uneven_contexts": "priced by their mean: the tables have equal ones only",
+        },
+    )
+
+
+def _summed(parts: Sequence[tuple[Dense, Fitted]], bytes_per_us: float) -> Grid:
+    """What the operators take together, by number of rows, none less than reading its weights; 0 if there are none."""
+    if not parts:
+        return Grid([[0.0]], [0.0])
+    axis = np.unique(np.concatenate([_measured(found, dense.rows) for dense, found in parts]))
+    total = np.zeros(len(axis))
+    for dense, found in parts:
+        fixed = {name: np.full(len(axis), value) for name, value in dense.shape.items()}
+        least_us = dense.weight_bytes / bytes_per_us if dense.weight_bytes else 0.0
+        total += dense.times * np.maximum(found.model.time_us({**fixed, dense.rows: axis}), least_us)
+    return Grid([axis.tolist()], total)
+
+
+def _measured(found: Fitted, load: str) -> FloatArray:
+    """A load's measured values, the ends of the tiles that it fills, and one value in each gap: times bend there."""
+    values = np.unique(found.samples.load[load]).astype(np.float64)
+    between = np.sqrt(values[1:] * np.maximum(values[:-1], 1.0)).round()
+    steps = found.model.bank.steps.get(load, ()) if found.model.bank is not None else ()
+    ends = [np.arange(tile, min(values[-1], _MOST_TILES * tile), tile) for tile in steps]
+    nodes = np.unique(np.concatenate([values, between, *ends, *(end + 1 for end in ends)]))
+    inside: FloatArray = nodes[(nodes >= values[0]) & (nodes <= values[-1])]
+    return inside
+
+
+_MOST_TILES: Final = 64  # beyond them a step is a percent
+
+
+def _bandwidth(hardware: str | None) -> float:
+    """Of the GPU's memory, in bytes per microsecond."""
+    gpu = gpu_spec(hardware or "")
+    if gpu is None:
+        raise InputError(
+            f"the memory bandwidth of {hardware or 'the GPU'} is not known, which operators without a table cost: name "
+            "a GPU with --hardware (H100, H200, B200, A100, L40S, RTX PRO 6000 ...)"
+        )
+    return gpu.memory_bytes_per_s / 1e6
+
+
+def _moved(recipe: Recipe, bytes_per_us: float, dense: Grid) -> Grid:
+    tokens = dense.axes[0]
+    total = np.zeros(len(tokens))
+    for moved in recipe.moved:
+        total += moved.times * (tokens * moved.bytes_per_token / (_BANDWIDTH_SHARE * bytes_per_us) + _MOVED_US)
+    return Grid([tokens.tolist()], total)
+
+
+def _all_reduces(found: Fitted, recipe: Recipe, model: ModelSpec, num_gpus: int, dense: Grid) -> Grid:
+    tokens = dense.axes[0]
+    num_bytes = tokens * model.hidden_size * _VALUE_BYTES
+    time_us = found.model.time_us({"num_gpus": np.full(len(tokens), float(num_gpus)), "num_bytes": num_bytes})
+    return Grid([tokens.tolist()], recipe.all_reduces * time_us)
+
+
+def _attention_us(found: Fitted, heads: dict[str, float], loads: dict[str, FloatArray]) -> FloatArray:
+    """One layer's attention; columns that the operator does not have are left out."""
+    n = len(next(iter(loads.values())))
+    shape = {name: np.full(n, value) for name, value in heads.items() if name in found.samples.shape}
+    return found.model.time_us({**shape, **{name: loads[name] for name in found.samples.load}})
+
+
+def _product(*axes: FloatArray) -> list[FloatArray]:
+    return [values.ravel() for values in np.meshgrid(*axes, indexing="ij")]
+
+
+def _decode_grid(found: Fitted, heads: dict[str, float]) -> Grid:
+    """By number of decodes and context of each."""
+    decodes = _measured(found, "num_decode")
+    in_all = "total_context" in found.samples.load  # LLMServingSim v0: of all decodes together
+    contexts = _measured(found, "total_context" if in_all else "context")
+    if in_all:
+        contexts = np.unique(np.maximum(contexts // decodes[-1], 1.0).tolist() + contexts.tolist())
+    each = dict(zip(("num_decode", "context"), _product(decodes, contexts), strict=True))
+    each["total_context"] = each["num_decode"] * each["context"]
+    time_us = _attention_us(found, heads, each)
+    return Grid([decodes.tolist(), contexts.tolist()], time_us.reshape(len(decodes), len(contexts)))
+
+
+def _prefill_grid(found: Fitted, heads: dict[str, float]) -> Grid:
+    """By new tokens and cached tokens of one prompt.
+
+    Where tables have no prefix, aiconfigurator's rule: the time of the whole prompt, times the share of its (query, key)
+    pairs that is new (`operations/attention.py`, `prefix_correction`).
+    """
+    chunks = _measured(found, "chunk")
+    has_prefix = "prefix" in found.samples.load
+    prefixes = _measured(found, "prefix") if has_prefix else np.concatenate([[0.0], chunks])
+    chunk, prefix = _product(chunks, prefixes)
+    ones = np.ones(len(chunk))
+    if has_prefix:
+        time_us = _attention_us(found, heads, {"num_seqs": ones, "chunk": chunk, "prefix": prefix})
+    else:
+        whole = chunk + prefix
+        time_us = _attention_us(found, heads, {"num_seqs": ones, "chunk": whole}) * (1.0 - (prefix / whole) ** 2)
+    return Grid([chunks.tolist(), prefixes.tolist()], time_us.reshape(len(chunks), len(prefixes)))
+
+
+def _beside_prompts(decode: Grid) -> Grid:
+    """What decodes add to a step with prompts: their own kernel, whatever the prompts; none add nothing."""
+    decodes, contexts = decode.axes
+    values = np.concatenate([np.zeros((1, len(contexts))), decode.values])
+    return Grid([[0.0], [0.0], [0.0, *decodes.tolist()], contexts.tolist()], values[None, None])
+
+
+def _domain(latency: ComposedLatency) -> dict[str, tuple[float, float]]:
+    tokens, chunks = latency.tokens["dense"].axes[0], latency.prefill.axes[0]
+    decodes, contexts = latency.decode.axes
+    return {
+        "num_tokens": (float(tokens[0]), float(tokens[-1])),
+        "num_decode": (0.0, float(decodes[-1])),
+        "decode_context_max": (0.0, float(contexts[-1])),
+        "prefill_tokens": (0.0, float(chunks[-1])),
+    }
