@@ -10,7 +10,7 @@ from typing import Any
 from kvtwin.reports.numbers import MISSING, count, number, percent
 from kvtwin.reports.pages.markup import Table, plain_table, typeset
 from kvtwin.reports.pages.plots import Figure, grid, layout, plotly_text
-from kvtwin.validate.result import Attribution, Divergence, ScheduleFinding
+from kvtwin.validate.result import Attribution, Divergence, Part, ScheduleFinding
 
 _MAX_WATERFALLS = 6  # metrics side by side, means first; the table has them all
 _MAX_MEMBERS = 24  # of a batch beside the other, around the first difference
@@ -30,7 +30,7 @@ def waterfall_figure(attributions: Sequence[Attribution]) -> Figure:
     rows = [
         (
             found.metric,
-            *(percent(changes[layer]) if layer in (changes := _changes(found)) else MISSING for layer in layers),
+            *(_cell(parts[layer]) if layer in (parts := _parts(found)) else MISSING for layer in layers),
             percent(_error(found)),
             found.blamed or MISSING,
         )
@@ -45,11 +45,25 @@ def _waterfall_text(found: Sequence[Attribution]) -> str:
     blamed = [f"{one.metric}: {one.blamed}" for one in found if one.blamed]
     text = f"Most of it comes from: {', '.join(blamed)}." if blamed else "No layer is to blame beyond doubt."
     notes = list(dict.fromkeys(one.note.rstrip(".") for one in found if one.note))
-    return " ".join([errors, text, "The parts add up to the error.", *(f"{note}." for note in notes)])
+    return " ".join(
+        [
+            errors,
+            text,
+            "The parts add up to the error; a bar whose 95 % interval holds zero is nobody's.",
+            *(f"{note}." for note in notes),
+        ]
+    )
 
 
-def _changes(found: Attribution) -> dict[str, float]:
-    return {part.layer: part.change for part in found.parts}
+def _parts(found: Attribution) -> dict[str, Part]:
+    return {part.layer: part for part in found.parts}
+
+
+def _cell(part: Part) -> str:
+    """A bar and its 95 % interval."""
+    if part.interval is None:
+        return percent(part.change)
+    return f"{percent(part.change)} ({' to '.join(map(percent, part.interval))})"
 
 
 def _error(found: Attribution) -> float:
@@ -72,8 +86,15 @@ def _waterfall(found: Attribution, axis: str) -> dict[str, Any]:
         "decreasing": {"marker": {"color": "var(--too-fast)"}},
         "totals": {"marker": {"color": "var(--all)"}},
         "connector": {"line": {"color": "var(--muted)", "width": 1}},
-        "hovertemplate": "%{x}: %{delta:+.2f} %<br>so far %{final:+.2f} %<extra></extra>",
+        "customdata": [*(_doubt(part) for part in found.parts), ""],
+        "hovertemplate": "%{x}: %{delta:+.2f} %%{customdata}<br>so far %{final:+.2f} %<extra></extra>",
     }
+
+
+def _doubt(part: Part) -> str:
+    if part.interval is None:
+        return ""
+    return f"<br>95 % interval {' to '.join(map(percent, part.interval))}"
 
 
 def _side_by_side(found: Sequence[Attribution]) -> dict[str, Any]:

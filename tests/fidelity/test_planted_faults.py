@@ -266,5 +266,5 @@ def test_step_times_under_the_noise_of_a_shared_machine(
                 right += blamed == {"step times"}
     with capsys.disabled():
         print(f"\n{engine}: x 1.1 blamed {right} of {len(seeds)}, somebody without a fault {wrong} of {len(seeds)}")
-    assert right >= 0.9 * len(seeds)
+    assert right >= 0.8 * len(seeds)
     assert wrong <= 2
