@@ -9,6 +9,7 @@ from kvtwin.sim.latency.linear import LinearLatency
 from kvtwin.sim.sglang.config import SglangConfig, rules_version
 from kvtwin.sim.sglang.engine import Launched
 from kvtwin.sim.sglang.record import Recorder
+from kvtwin.sim.sglang.request import SglangRequest
 from kvtwin.sim.sglang.simulate import build_engine, build_requests
 from kvtwin.traces.run import Run, RunInfo
 from kvtwin.validate.scheduler.replay import StepTimes
@@ -104,13 +105,17 @@ class SglangReplay:
         scheduler = self._scheduler
         if self.is_busy or not scheduler.waiting:
             return None
-        places = self._config.max_running_requests
-        if scheduler.running and (scheduler.batch_is_full or len(scheduler.running) >= places):
-            return self._clock.now_ns  # the loop's next turn only finds that the full batch has ended
+        if scheduler.running and self._hinders(scheduler.running):
+            return self._clock.now_ns  # the loop's next turn finds that all of the batch have ended, if nothing else
         if not self._config.enable_hierarchical_cache:
             return None
         event_ns: int | None = self._scheduler.cache.next_event_ns()
         return event_ns if event_ns is not None and event_ns > self._clock.now_ns else None
+
+    def _hinders(self, running: list[SglangRequest]) -> bool:
+        """Whether requests that have ended keep others out as long as they are in the batch."""
+        is_full = self._scheduler.batch_is_full or len(running) >= self._config.max_running_requests
+        return is_full or self._config.mixes_chunks
 
     def run(self) -> Run:
         """See `ReplayEngine`."""
