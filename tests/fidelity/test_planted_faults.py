@@ -192,6 +192,7 @@ def cases(settings: dict[str, Any], seed: int) -> Iterator[Case]:
         yield case(f"units, {place}", **{where: edited(source, TIMES, lambda times: times // 1000)}, layer="units")
     queued = edited(recorded, TIMES[:2], early)
     yield case("arrival and queue, recording", recorded=queued, layer="arrival")
+    yield case("arrival and queue, simulation", predicted=edited(predicted, TIMES[:2], early), layer="arrival")
     bare = Run(queued.info, {"requests": queued.requests})
     yield case("arrival and queue, recording, no steps", recorded=bare, layer="arrival")
 

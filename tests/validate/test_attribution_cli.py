@@ -132,7 +132,10 @@ def test_a_queue_clock_that_no_dispatch_agrees_with(
     found = {one["metric"]: one for one in attribute(capsys, shifted, truth)}
     assert found["ttft_mean"]["blamed"] == found["latency_mean"]["blamed"] == "arrival"
     assert {one["blamed"] for one in found.values()} <= {"arrival", None}
-    assert "queued_ns lies 50.0" in found["ttft_mean"]["note"]
+    assert "recorded queued_ns lies 50.0" in found["ttft_mean"]["note"]
+    predicted = {one["metric"]: one for one in attribute(capsys, truth, shifted)}
+    assert predicted["ttft_mean"]["blamed"] == "arrival"
+    assert "predicted queued_ns lies 50.0" in predicted["ttft_mean"]["note"]
 
 
 def longer_steps(run: Path, folder: Path, *, profile: bool = True) -> Path:

@@ -90,20 +90,25 @@ def attribute(
         return [*chain.attributions(name, checks), *steps]
     has_calls = knows_calls(measured, twin.config)
     dispatched_ns = clocks.dispatches(measured, has_calls=has_calls)
-    shift_ns = clocks.queue_shift(measured, twin.run, dispatched_ns)
+    shift_ns, predicted_shift_ns = _shifts(measured, twin.run, dispatched_ns)
     aligned = clocks.with_queue_moved(measured, shift_ns, dispatched_ns)
     twin = replace(twin, workload=clocks.with_queue_moved(twin.workload, shift_ns, dispatched_ns))
     replayed, refused = _replay(aligned, twin) if has_calls else (None, [])
     own = [
         *evidence.output_lengths(measured, twin, name),
-        *evidence.arrival(aligned, twin, shift_ns, checks, name),
+        *evidence.arrival(aligned, twin, shift_ns or predicted_shift_ns, checks, name),
         *steps,
         *_decisions(aligned, twin, replayed, None if shift_ns else schedule, name),
     ]
     suspected = {row.blamed for row in own if row.blamed is not None} | (set() if contradiction else _host(own))
     found = list(stages(aligned, twin, replayed))
     layers = _layers(found, measured)
-    words += [*refused, *_missing(layers), *_clock_note(shift_ns)]
+    words += [
+        *refused,
+        *_missing(layers),
+        *_clock_note(shift_ns, "recorded"),
+        *_clock_note(predicted_shift_ns, "predicted"),
+    ]
     sides = (predicted, *(_side(stage, measured, twin, clock) for stage in found[1:]), truth)
     chain = _Chain(sides, layers, judged, suspected, "; ".join(words))
     return _with_hidden([*_without_trifles(chain.attributions(name, checks)), *own], suspected)
@@ -146,11 +151,21 @@ def _layers(found: Sequence[Stage], measured: Run) -> list[str]:
     return [*layers, REMAINDER if measured.has("steps") else _ENGINE]
 
 
-def _clock_note(shift_ns: int) -> list[str]:
+def _shifts(measured: Run, simulated: Run, dispatched_ns: FloatArray) -> tuple[int, int]:
+    """By how much the queue's clock of either run is off that of its dispatches (`clocks.queue_shift`)."""
+    recorded = clocks.waits(measured, dispatched_ns)
+    predicted = clocks.waits(simulated, clocks.dispatches(simulated, has_calls=False))
+    turn_ns = clocks.turn_ns(measured)
+    return clocks.queue_shift(recorded, predicted, turn_ns), clocks.queue_shift(predicted, recorded, turn_ns)
+
+
+def _clock_note(shift_ns: int, whose: str) -> list[str]:
     if not shift_ns:
         return []
     side = "before" if shift_ns > 0 else "after"
-    return [f"queued_ns lies {abs(shift_ns) / NS_PER_MS:.3f} ms {side} where the dispatches of all requests put it"]
+    return [
+        f"{whose} queued_ns lies {abs(shift_ns) / NS_PER_MS:.3f} ms {side} where the dispatches of all requests put it"
+    ]
 
 
 def _step_units(checks: Sequence[Check]) -> list[str]:

@@ -6,7 +6,6 @@ from typing import Final
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from kvtwin.calibrate.stats import FloatArray
 from kvtwin.sim.latency.base import LatencyModel
@@ -21,33 +20,44 @@ _FEW: Final = 0.05
 _ROUNDED: Final = 0.002
 
 
-def queue_shift(measured: Run, simulated: Run, dispatched_ns: FloatArray) -> int:
-    """By how many nanoseconds the recorded `queued_ns` lies before where the dispatches put it; 0 where it does not.
+def queue_shift(waits: FloatArray, others: FloatArray, turn_ns: float) -> int:
+    """By how many nanoseconds a run's `queued_ns` lies before where its dispatches put it; 0 where it does not.
 
-    A request that comes to an engine with room is scheduled at the next turn. Those which the twin takes at once are
-    taken at once by the engine too, but for a few that meet a stall. If next to none is, and all wait about as long
+    A request that comes to an engine with room is scheduled at the next turn. Those which the other run takes at once
+    are taken at once by this one too, but for a few that meet a stall. If next to none is, and all wait about as long
     (the quartiles lie closer than half of it), then the engine is not late but a clock is wrong. A dispatch *before*
     its request is queued cannot be at all.
 
     Args:
-        measured: the recording.
-        simulated: the twin's run, its requests in the recording's order.
-        dispatched_ns: of the recording's requests (`dispatches`).
+        waits: of the run in question, from queue to dispatch, in ns, NaN where unknown.
+        others: the same requests' in the other run.
+        turn_ns: how long a step takes.
     """
-    waits = dispatched_ns - _floats(measured.requests.column("queued_ns"))
-    expected = _floats(pc.subtract(*(simulated.requests.column(name) for name in ("scheduled_ns", "queued_ns"))))
-    known = np.isfinite(waits) & np.isfinite(expected)
-    if not known.any():
-        return 0
-    turn = float(np.median(durations_ns(measured.steps) if measured.has("steps") else np.abs(expected[known])))
-    late = (waits - expected)[known & (expected <= _AT_ONCE * turn)]
+    late = (waits - others)[np.isfinite(waits) & (others <= _AT_ONCE * turn_ns)]
     if len(late) < _MIN_REQUESTS:
         return 0
     low, quarter, middle, three, high = np.quantile(late, [_NEARLY_ALL, 0.25, 0.5, 0.75, 1 - _NEARLY_ALL])
-    is_off = low > max(turn / 2, _TOLERANCE_NS) or high < -max(_AT_ONCE * turn, _TOLERANCE_NS)
+    is_off = low > max(turn_ns / 2, _TOLERANCE_NS) or high < -max(_AT_ONCE * turn_ns, _TOLERANCE_NS)
     if not is_off or three - quarter > abs(middle) / 2:
         return 0
-    return int(late[late >= middle - turn / 2].min())
+    return int(late[late >= middle - turn_ns / 2].min())
+
+
+def waits(run: Run, dispatched_ns: FloatArray) -> FloatArray:
+    """From queue to dispatch, in ns; NaN where unknown."""
+    found: FloatArray = dispatched_ns - _floats(run.requests.column("queued_ns"))
+    return found
+
+
+def turn_ns(run: Run) -> float:
+    """How long a step typically takes: by the steps, or by what lies between two tokens; NaN where nothing tells."""
+    if run.has("steps"):
+        return float(np.median(durations_ns(run.steps)))
+    first, finish, tokens = (
+        _floats(run.requests.column(name)) for name in ("first_token_ns", "finish_ns", "output_tokens")
+    )
+    known = (tokens > 1) & np.isfinite(finish - first)
+    return float(np.median((finish - first)[known] / (tokens[known] - 1))) if known.any() else float("nan")
 
 
 def with_queue_moved(run: Run, shift_ns: int, dispatched_ns: FloatArray) -> Run:

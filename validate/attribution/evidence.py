@@ -35,7 +35,7 @@ def arrival(measured: Run, twin: Twin, shift_ns: int, checks: Sequence[Check], n
     Args:
         measured: the recording, its queue's clock put right.
         twin: what predicts it.
-        shift_ns: by how much that clock was wrong (`clocks.queue_shift`).
+        shift_ns: by how much the queue's clock of either is wrong (`clocks.queue_shift`).
         checks: of the steps: slower ones let requests wait longer for the loop.
         name: the recording's.
     """
