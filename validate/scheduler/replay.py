@@ -7,7 +7,7 @@ a scheduler that once decided otherwise is not late for ever: it meets the recor
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
@@ -138,17 +138,20 @@ def _replay_sglang(measured: Run, config: SglangConfig) -> Run:
 def _first_unknown_hit(measured: Run) -> int | None:
     """The first step of a request that hits a prefix of which the recording does not say whose it is.
 
-    That is more than it shares with any other prompt, to the block, where not all answers are known. What follows
-    depends on it.
+    That is more than it shares with a prompt that came first, to the block, where not all answers are known. What
+    follows depends on it.
     """
     requests, block_tokens = measured.requests, measured.info.hash_block_tokens or 1
     if not requests.column("output_block_hashes").null_count:
         return None
     first_step, _, cached, _ = appearances(measured)
     chains = prefix_nodes(requests)
-    times_seen = Counter(node for chain in chains for node in chain)
-    shared = [sum(1 for _ in takewhile(lambda node: times_seen[node] > 1, chain)) for chain in chains]
-    explained = np.array(shared, np.int64) * block_tokens + block_tokens - 1
+    explained, seen = np.zeros(len(chains), np.int64), set[int]()
+    for row in np.argsort(first_step, kind="stable").tolist():
+        num_shared = sum(1 for _ in takewhile(seen.__contains__, chains[row]))
+        explained[row] = num_shared * block_tokens + block_tokens - 1
+        if first_step[row] >= 0:
+            seen.update(chains[row])
     explained[requests.column("block_hashes").is_null().to_numpy()] = 0
     steps = first_step[cached > explained]
     return int(steps.min()) if len(steps) else None
