@@ -41,6 +41,7 @@ _ENGINE: Final = "step times, host, schedule"  # where the recording has no step
 _ALL: Final = "arrival, step times, host, schedule"  # ... and does not say when requests reached the engine
 MAX_STEPS: Final = 40_000  # recorded layers run in the plain loop, some 50 us a step
 _NEGLIGIBLE: Final = 0.001
+_LEFT_OVER: Final = 0.01  # the host has no measure of its own: a smaller bar may be what the others leave over
 _TIMED: Final = ("arrival", "step times")  # layers whose own evidence is a measurement of theirs alone
 _STATISTICS: Final = ("mean", "p50", "p90")
 
@@ -281,6 +282,7 @@ def _blamed(parts: Sequence[Part], error: float, suspected: set[str], *, doubtfu
         part
         for part in parts
         if part.layer in suspected
+        and (part.layer != "host" or abs(part.change) >= _LEFT_OVER)
         and not (part.interval is not None and holds_zero(part.interval))
         and (part.layer in DECIDED or (not doubtful and 2 * part.change * np.sign(error) >= abs(error)))
     ]
