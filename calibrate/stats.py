@@ -291,6 +291,7 @@ def interval(statistic: Statistic, *, independent: bool = False) -> Interval | N
     found = statistic.variance
     if independent:
         found = statistic.scaled(variance_of_mean(statistic.influence, independent=True))
+        return around(statistic.level, found, statistic.value, statistic.is_error, bends_level=True)
     plain, longer = (
         around(statistic.level, found, statistic.value, statistic.is_error, stretch)
         for stretch in ((1.0, 1.0), statistic.stretch())
@@ -316,7 +317,13 @@ def ratio_interval(measured: Statistic, simulated: Statistic) -> Interval | None
 
 
 def around(
-    level: float, found: MeanVariance, value: float, is_error: bool, stretch: tuple[float, float] = (1.0, 1.0)
+    level: float,
+    found: MeanVariance,
+    value: float,
+    is_error: bool,
+    stretch: tuple[float, float] = (1.0, 1.0),
+    *,
+    bends_level: bool = False,
 ) -> Interval | None:
     """Student's interval about log(level), which holds `value` too: a smooth estimate can lie well off a quantile.
 
@@ -328,6 +335,8 @@ def around(
         level, value, is_error: see `Statistic`.
         found: how the logarithm of `level` varies.
         stretch: by what the lower and the upper side are longer.
+        bends_level: take the upper end on the level instead of its logarithm. Of a dozen groups of which one is ten
+            times the others, logarithm and bend together would say thirty times the mean.
     """
     from scipy.special import stdtrit  # lighter than scipy.stats, and the same function
 
@@ -340,7 +349,8 @@ def around(
     )
     if not max(below, -above) < _SAYS_NOTHING:
         return None
-    low, high = (level * float(np.exp(-half)) - is_error for half in (below, above))
+    low = level * float(np.exp(-below)) - is_error
+    high = level * (1 - above if bends_level else float(np.exp(-above))) - is_error
     return (min(low, value), max(high, value))
 
 
