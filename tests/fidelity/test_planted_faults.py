@@ -186,10 +186,11 @@ def cases(settings: dict[str, Any], seed: int) -> Iterator[Case]:
     for where in ("recorded", "predicted"):
         source = recorded if where == "recorded" else predicted
         place = "recording" if where == "recorded" else "simulation"
-        sent_early = {where: edited(source, TIMES[:1], early)}
+        sent_early: dict[str, Any] = {where: edited(source, TIMES[:1], early)}
         yield case(f"arrival, {place}", **sent_early, layer="arrival")
         yield case(f"arrival by its clock, {place}", **sent_early, layer="arrival", clock="arrival")
-        yield case(f"units, {place}", **{where: edited(source, TIMES, lambda times: times // 1000)}, layer="units")
+        in_us: dict[str, Any] = {where: edited(source, TIMES, lambda times: times // 1000)}
+        yield case(f"units, {place}", **in_us, layer="units")
     queued = edited(recorded, TIMES[:2], early)
     yield case("arrival and queue, recording", recorded=queued, layer="arrival")
     yield case("arrival and queue, simulation", predicted=edited(predicted, TIMES[:2], early), layer="arrival")
@@ -240,10 +241,10 @@ def test_planted_faults(engine: str, tmp_path: Path, capsys: pytest.CaptureFixtu
         print(f"\n{engine:40} cases caught blamed others")
         for fault, row in table.items():
             print(f"{fault:40} {row[0]:5} {row[1]:6} {row[2]:6} {row[3]:6}")
-    for fault, (number, caught, right, others) in table.items():
+    for fault, (total, failed, right, others) in table.items():
         assert others == 0, fault
         if not fault.startswith("none"):
-            assert caught == right == number, fault
+            assert failed == right == total, fault
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
