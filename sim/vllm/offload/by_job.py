@@ -80,13 +80,14 @@ class JobConnector(Connector):
                 self._flushed.add(job)
 
     def _end(self, request: Request) -> None:
-        """Make all that a finished request used the most recent."""
+        """Make all that a finished request used the most recent (`CPUOffloadingManager.on_request_finished`)."""
         tracked = self._track(request.row)
-        if tracked.seen:
-            was_seen = np.zeros(max(int(places.max(initial=-1)) for places in tracked.seen) + 1, np.bool_)
+        if tracked.seen or tracked.brought:
+            keys = request.block_keys(0, request.num_tokens // self._block_size)
+            was_seen = np.isin(keys, np.concatenate([NO_BLOCKS, *tracked.brought]))
             for places in tracked.seen:
                 was_seen[places] = True
-            self.host.touch(request.block_keys(0, len(was_seen))[was_seen])
+            self.host.touch(keys[was_seen])
         tracked.is_over = True
         if not tracked.jobs:
             self._forget(request.row)

@@ -68,6 +68,7 @@ class Tracked:
         jobs: under way.
         blocks: its GPU blocks at its last preemption.
         seen: which of its blocks the host was asked to take or to give, by place in the request (0.32).
+        brought: keys that the disk was asked to bring (0.32).
         is_over: it has finished, and its last blocks are sent.
     """
 
@@ -75,6 +76,7 @@ class Tracked:
     jobs: set[Job] = field(default_factory=set)
     blocks: IntArray = field(default_factory=lambda: NO_BLOCKS)
     seen: list[IntArray] = field(default_factory=list)
+    brought: list[IntArray] = field(default_factory=list)
     is_over: bool = False
 
 
@@ -118,12 +120,15 @@ class Connector(ABC):
             def note(kind: str, keys: IntArray, row: int) -> None:
                 self._note(STORAGE, kind, keys, row)
 
-            self.disk = Disk(config.num_disk_blocks, num_keys, self.host, links, note, self._note_promotion)
+            self.disk = Disk(
+                config.num_disk_blocks, num_keys, self.host, links, note, self._note_promotion, self._note_access
+            )
         self._worker = Worker(d2h, h2d, config.block_size, loads_after_forward=self.loads_after_forward)
         self._now_ns = 0
         self._tracked: dict[int, Tracked] = {}
         self._arriving: dict[int, int] = {}  # rows whose blocks are on their way to the GPU: since when
-        self._promoting: dict[int, int] = {}  # rows whose blocks are on their way to the host: since when
+        # Rows whose blocks are on their way to the host: since when, and in how many reads.
+        self._promoting: dict[int, tuple[int, int]] = {}
         self._is_loading = np.zeros(num_keys, np.bool_)  # by key
         self._num_loading = 0
         # Of the schedule() call that is being made.
@@ -137,9 +142,17 @@ class Connector(ABC):
 
     def _note_promotion(self, row: int, begins: bool, time_ns: int) -> None:
         if begins:
-            self._promoting.setdefault(row, time_ns)
+            since_ns, count = self._promoting.get(row, (time_ns, 0))
+            self._promoting[row] = since_ns, count + 1
         elif row in self._promoting:
-            self._times.prefetch[row] += time_ns - self._promoting.pop(row)
+            since_ns, count = self._promoting.pop(row)
+            if count > 1:
+                self._promoting[row] = since_ns, count - 1
+            else:
+                self._times.prefetch[row] += time_ns - since_ns
+
+    def _note_access(self, row: int, keys: IntArray) -> None:
+        self._track(row).brought.append(keys)
 
     def _track(self, row: int) -> Tracked:
         return self._tracked.setdefault(row, Tracked())
@@ -255,7 +268,9 @@ class Connector(ABC):
 
     def admitted(self, request: Request) -> None:
         """It runs: what may still be on its way to the host keeps it waiting no longer."""
-        self._note_promotion(request.row, begins=False, time_ns=self._now_ns)
+        if request.row in self._promoting:
+            since_ns, _ = self._promoting.pop(request.row)
+            self._times.prefetch[request.row] += self._now_ns - since_ns
 
     # --- stores ----------------------------------------------------------------------------------------------------
 

@@ -41,7 +41,9 @@ class Disk:
         host: the level above.
         links: what queries, reads and writes take; a page is a block.
         note: told of what happens to the disk's blocks.
-        on_promoted: told of each row whose blocks begin or end their way to the host: row, whether they begin, when.
+        on_promoted: told of each row whose blocks begin their way to the host, or have been seen to end it: row, whether
+            they begin, when.
+        on_access: told of the blocks that are brought for a row, or that find no room.
 
     Attributes:
         level: what it holds.
@@ -55,9 +57,10 @@ class Disk:
         links: LinkTimes,
         note: Note,
         on_promoted: Callable[[int, bool, int], None],
+        on_access: Callable[[int, IntArray], None],
     ) -> None:
         self.level = Level(num_blocks, num_keys, lambda keys: note("evict", keys, -1))
-        self._host, self._note, self._on_promoted = host, note, on_promoted
+        self._host, self._note, self._on_promoted, self._on_access = host, note, on_promoted, on_access
         self._query = Link(links.query_base, links.query_per_page)
         self._read = Link(links.read_base, links.read_per_page)
         self._write = Link(links.write_base, links.write_per_page)
@@ -68,7 +71,7 @@ class Disk:
         self._questions: list[int] = []  # keys of this schedule() call
         self._answers: list[tuple[int, int, list[int]]] = []  # heap: when, order, keys
         self._promotions: dict[int, list[IntArray]] = {}  # keys of this schedule() call, by row
-        self._jobs: list[tuple[int, int, Callable[[], None]]] = []  # heap: end, order, what happens then
+        self._jobs: list[tuple[int, int, Callable[[int], None]]] = []  # heap: end, order, what happens then
         self._num_jobs = 0
         self._is_polled = False  # since the last schedule() call's end
         self._sources: dict[int, set[int]] = {}  # by row: keys that it had brought from here
@@ -87,7 +90,7 @@ class Disk:
         if not self._is_polled:
             self._is_polled = True
             while self._jobs and self._jobs[0][0] <= now_ns:
-                heappop(self._jobs)[2]()
+                heappop(self._jobs)[2](now_ns)
 
     def take_answers(self, now_ns: int) -> None:
         """What the asking thread has found out by now."""
@@ -148,6 +151,7 @@ class Disk:
         """Bring blocks to the host (`_initiate_promotion`, once for each); returns how many until one for which there
         is no room, or that is gone by now."""
         count = min(self.level.num_ready(keys), self._host.num_room)
+        self._on_access(row, keys[: count + 1][self.level.state[keys[: count + 1]] == READY])
         if count < len(keys) and self.level.state[keys[count]] != READY:
             self._known[keys[count]] = _NOT_THERE
         keys = keys[:count]
@@ -168,7 +172,7 @@ class Disk:
             self._note("prefetch_start", keys, row)
             self._on_promoted(row, True, now_ns)
             end_ns = self._read.send(now_ns, len(keys))
-            self._at(end_ns, partial(self._promoted, row, keys, end_ns))
+            self._at(end_ns, partial(self._promoted, row, keys))
         self._promotions = {}
         self.take_answers(now_ns)
         if self._questions:
@@ -177,15 +181,15 @@ class Disk:
             heappush(self._answers, (end_ns, self._num_jobs, self._questions))
             self._questions = []
 
-    def _at(self, end_ns: int, action: Callable[[], None]) -> None:
+    def _at(self, end_ns: int, action: Callable[[int], None]) -> None:
         self._num_jobs += 1
         heappush(self._jobs, (end_ns, self._num_jobs, action))
 
-    def _promoted(self, row: int, keys: IntArray, end_ns: int) -> None:
+    def _promoted(self, row: int, keys: IntArray, now_ns: int) -> None:
         self.level.read_done(keys)
         self._host.complete_store(keys)
         self._note("prefetch_done", keys, row)
-        self._on_promoted(row, False, end_ns)
+        self._on_promoted(row, False, now_ns)
 
     def store(self, keys: IntArray, now_ns: int) -> None:
         """Blocks have come to the host: send them on (`complete_store`)."""
@@ -195,7 +199,7 @@ class Disk:
         end_ns = self._write.send(now_ns, num_blocks) if num_blocks else now_ns
         self._at(end_ns, partial(self._stored, keys, going))
 
-    def _stored(self, keys: IntArray, going: IntArray | None) -> None:
+    def _stored(self, keys: IntArray, going: IntArray | None, now_ns: int) -> None:  # noqa: ARG002 - as `_promoted`
         self._host.read_done(keys)
         if going is not None and len(going):
             self.level.complete_store(going)
