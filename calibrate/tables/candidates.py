@@ -33,6 +33,7 @@ _COMMON_SLOTS: Final = tuple(float(num_sms * blocks) for blocks in (1, 2, 4, 8) 
 _SEARCH_ROWS: Final = 600  # of a table, to choose tile and slots on
 _MAX_CELLS: Final = 200_000  # of a refined grid
 _SINGLE_HEAD: Final = 0.01  # weight of rows with one key-value head in a pool
+_CALM_SHARE: Final = 0.5  # flat from 0.4 to 0.7
 _CELLS_PER_ROW: Final = 60  # a table of more cells is no grid (skewed decodes, six axes: 40)
 # Loads that kernels take in tiles of rows, and the tiles worth trying.
 _TILED: Final = ("m", "num_tokens", "chunk")
@@ -238,6 +239,23 @@ class Smooth(Hybrid):
         return bank if bank.values.size * 4 ** len(bank.axes) > _MAX_CELLS else refined(bank)
 
 
+class Calm(Hybrid):
+    """Half of a hybrid's ratios, each the median of three along the load: spikes of a measurement pass by.
+
+    Where two calls of one kernel differ by a tenth, a ratio says half about its kernel and half about its call.
+    """
+
+    kind = "calm"
+
+    def _bank(self, samples: OpSamples, base_us: FloatArray) -> ShapeBank:
+        bank = super()._bank(samples, base_us)
+        (axis,) = bank.axes  # loads of several axes are calmed by their other axes already
+        ends = np.concatenate([bank.values[:, :1], bank.values, bank.values[:, -1:]], axis=1)
+        median = np.median(np.stack([ends[:, :-2], ends[:, 1:-1], ends[:, 2:]]), axis=0)
+        values = 1.0 + _CALM_SHARE * (median - 1.0)
+        return ShapeBank(bank.shape_names, bank.shapes, {axis: bank.axes[axis]}, values, octaves=True)
+
+
 def fit_all(samples: OpSamples, slots: Sequence[float] | None) -> list[Candidate]:
     """Every candidate fitted to the same samples, simplest first; those with a trend share it."""
     base = Trend(slots).fit(samples)
@@ -264,6 +282,8 @@ def _on_richer_bases(samples: OpSamples, slots: Sequence[float] | None, base: Tr
         surface = Surfaced(base).fit(samples)
         found.append(surface)
         bases += [surface, Pooled(surface).fit(samples)] if several_heads else [surface]
+    if len(samples.load) == 1:
+        found += [Calm(slots, richer).fit(samples) for richer in bases]
     return found + [Hybrid(slots, richer).fit(samples) for richer in bases]
 
 

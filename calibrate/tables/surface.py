@@ -1,9 +1,10 @@
-"""Samples -> `sim.latency.surface.Surface`: penalised least relative squares.
+"""Samples -> `sim.latency.surface.Surface`: penalised least relative errors, robust against rows that are spikes.
 
-minimise mean over rows of (predicted / measured - 1)^2 + strength * roughness
+minimise mean over rows of |predicted / measured - 1| + strength * roughness
 
-Predictions are trend * (1 + sum of parts), linear in the parts' values, so one linear system is solved. Roughness is the
-sum of squared second differences along each axis of each part (P-splines, Eilers & Marx 1996), and a little of the
+Predictions are trend * (1 + sum of parts), linear in the parts' values, so linear systems are solved: least squares,
+reweighted by one over each row's last error (iteratively reweighted least squares, Holland & Welsch 1977). Roughness is
+the sum of squared second differences along each axis of each part (P-splines, Eilers & Marx 1996), and a little of the
 values themselves, which tells parts apart that say the same and keeps what no row shows at the trend.
 """
 
@@ -20,6 +21,8 @@ from kvtwin.sim.latency.surface import PAIRS, Part, Surface, cell, weights_of
 
 _STRENGTH: Final = 2e-4  # of a table that is smooth on the scale of octaves: errors of 1 %, bends of as much
 _RIDGE: Final = {1: 1e-3, 2: 1e-2}  # by number of coordinates of a part
+_NUM_REWEIGHTS: Final = 2  # more change nothing
+_SMALL_ERROR: Final = 0.03  # rows nearer than this count alike
 _LEAST_SPAN: Final = 0.5  # octaves: a coordinate that spans less is a constant
 
 
@@ -32,22 +35,33 @@ def fit_surface(work: str, coordinates: Mapping[str, FloatArray], ratio: FloatAr
         ratio: the trend's time over the measured one, shape (n,).
     """
     from scipy import sparse
-    from scipy.linalg import cho_factor, cho_solve
 
     axes = {name: _whole_octaves(values) for name, values in coordinates.items() if _spans(values)}
     names: list[tuple[str, ...]] = [(name,) for name in axes]
     names += [pair for pair in PAIRS[work] if all(name in axes for name in pair)]
     shapes = [tuple(len(axes[name]) for name in part) for part in names]
     design = _design(axes, names, shapes, coordinates).multiply(ratio[:, None]).tocsr()
-    normal = (design.T @ design).toarray()  # the rest in place: it is the largest array of a calibration
-    rough = sparse.block_diag([_roughness(shape) for shape in shapes], format="coo")
-    normal[rough.row, rough.col] += _STRENGTH * len(ratio) * rough.data
-    values = cho_solve(cho_factor(normal, overwrite_a=True), design.T @ (1.0 - ratio))
+    rough = _STRENGTH * len(ratio) * sparse.block_diag([_roughness(shape) for shape in shapes], format="coo")
+    values = _penalised(design, 1.0 - ratio, rough, np.ones(len(ratio)))
+    for _ in range(_NUM_REWEIGHTS):
+        weights = 1.0 / np.maximum(np.abs(design @ values + ratio - 1.0), _SMALL_ERROR)
+        values = _penalised(design, 1.0 - ratio, rough, weights / weights.mean())
     ends = np.cumsum([int(np.prod(shape)) for shape in shapes])
     tables = np.split(values, ends[:-1])
     return Surface(
         axes, [Part(part, table.reshape(shape)) for part, table, shape in zip(names, tables, shapes, strict=True)]
     )
+
+
+def _penalised(design: Any, target: FloatArray, rough: Any, weights: FloatArray) -> FloatArray:
+    """The values that minimise sum of weights * (design @ values - target)^2 + values' rough values."""
+    from scipy.linalg import cho_factor, cho_solve
+
+    weighted = design.multiply(weights[:, None]).tocsr()
+    normal = (design.T @ weighted).toarray()  # the rest in place: it is the largest array of a calibration
+    normal[rough.row, rough.col] += rough.data
+    found: FloatArray = cho_solve(cho_factor(normal, overwrite_a=True), weighted.T @ target)
+    return found
 
 
 def _spans(values: FloatArray) -> bool:
