@@ -75,7 +75,10 @@ def test_a_new_gpu_from_a_reference(tmp_path: Path, capsys: pytest.CaptureFixtur
         (["{gemm}", "--filter", "gemm_dtype=fp8"], "--filter gemm_dtype=fp8: found only bfloat16"),
         (["{gemm}", "--filter", "gemm_dtype"], "--filter gemm_dtype: NAME=VALUE expected"),
         (["{gemm}", "--samples", "10"], "--samples goes with --reference"),
-        (["{gemm}", "--model", "meta-llama/Llama-3.1-8B"], "needs the times of context_attention, generation_attention"),
+        (
+            ["{gemm}", "--model", "meta-llama/Llama-3.1-8B"],
+            "needs the times of context_attention, generation_attention",
+        ),
         (["{gemm}", "--model", "Llama-9"], "unknown model 'Llama-9'"),
         (["{gemm}", "--model", "none.json"], "cannot be read as the config.json of a model"),
         (["{gemm}", "--tensor-parallel-size", "2"], "which needs --model too"),
