@@ -97,6 +97,7 @@ def failed(checks: list[Check]) -> set[str]:
 
 
 def blamed(recording: Run, twin: Twin, clock: Clock = "queued_ns") -> dict[str, str | None]:
+    assert twin.latency is not None
     predicted = twin.latency.step_ns(BatchStats.of_steps(recording.steps), 0)
     checks = compare_steps(build_predictions(recording.steps, predicted), name="x")
     schedule, _ = compare_schedulers(recording, replay_schedule(recording, twin.config), name="x")
