@@ -76,6 +76,17 @@ def read_cache_events(path: Path) -> pa.Table:
         _add_run(run, events, path)
     else:
         reader(path, events)
+    return _table(events, path)
+
+
+def read_tair_events(path: Path) -> pa.Table:
+    """The events of a file that is Tair's, whatever it looks like; see `read_cache_events`."""
+    events = _Events()
+    _read_tair(path, events)
+    return _table(events, path)
+
+
+def _table(events: _Events, path: Path) -> pa.Table:
     if not events.columns["time_ns"]:
         raise InputError("no cache event in it", path=path)
     return from_columns("cache", events.columns, path)

@@ -18,7 +18,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from kvtwin.traces.readers.cache_events import read_cache_events, tair_keys
+from kvtwin.traces.readers.cache_events import read_tair_events, tair_keys
 from kvtwin.traces.readers.text import MAX_TOKENS, Row, provenance, read_jsonl
 from kvtwin.traces.run import Run, RunInfo
 from kvtwin.traces.table import from_columns
@@ -45,7 +45,7 @@ def read(path: Path, *, hash_block_tokens: int = 1) -> Run:
         elif kind == "StartWriteCache":
             _add_output(columns, open_rows, tair_keys(row), hash_block_tokens)
     info = RunInfo("workload", hash_block_tokens=hash_block_tokens, source=provenance(path, "tair", [path]))
-    tables = {"requests": from_columns("requests", columns, path), "cache": read_cache_events(path)}
+    tables = {"requests": from_columns("requests", columns, path), "cache": read_tair_events(path)}
     return Run(info, tables, name=str(path))
 
 
