@@ -1,8 +1,7 @@
-"""Tables of operator times to models: planted truths come back, whole values are held out, doubtful tables are refused."""
+"""Tables of operator times to models: planted truths come back, whole values are left out, bad tables are refused."""
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +10,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from kvtwin.calibrate.steps.regression import NotFittedError
 from kvtwin.calibrate.tables.calibrate import calibrate_tables, fit_samples
 from kvtwin.calibrate.tables.candidates import (
+    Calm,
     Corrected,
     Hybrid,
     Linear,
@@ -38,7 +36,7 @@ from kvtwin.sim.latency.octaves import octave
 from kvtwin.sim.latency.operators import OperatorModel, OperatorTable
 from kvtwin.sim.latency.profile import Profile, read_profile
 from kvtwin.sim.latency.surface import Surface
-from kvtwin.sim.latency.work import WORKS, _list_end, trend
+from kvtwin.sim.latency.work import trend
 from kvtwin.traces.errors import InputError
 from kvtwin.traces.readers.optable import OpSamples, OpTable
 
@@ -101,7 +99,7 @@ def test_a_candidate_learns_only_in_fit_and_twice_is_once(kind: type) -> None:
 def test_every_table_model_gives_its_own_points_back() -> None:
     samples = decode(noise=0.05)
     for fitted in fit_all(samples, None):
-        if fitted.name in ("trend", "surface"):
+        if fitted.name in ("trend", "surface") or fitted.name.startswith("calm"):
             continue  # physics and what is smooth on top of it: they pass between the points
         assert fitted.time_us(samples.columns) == pytest.approx(samples.time_us, rel=1e-6), fitted.name
 
@@ -132,6 +130,33 @@ def test_a_left_out_number_of_requests_is_known_from_models_with_other_heads() -
     pool = Pooled(Trend([]).fit(train)).fit(train)
     assert pool.time_us(test.columns) == pytest.approx(test.time_us, rel=1e-6)
     assert pool.to_model().to_json() == OperatorModel.from_json(pool.to_model().to_json()).to_json()
+
+
+def test_spikes_of_single_calls_leave_their_neighbours_alone() -> None:
+    """One call in twelve takes three times as long, whatever m, n and k: the others are predicted all the same."""
+    samples = gemm()
+    spikes = np.random.default_rng(3).random(len(samples)) < 1 / 12
+    noisy = replace(samples, time_us=samples.time_us * np.where(spikes, 3.0, 1.0))
+    surface = Surfaced(Trend([100.0]).fit(noisy)).fit(noisy)
+    error = {
+        fitted.name: np.abs(fitted.time_us(samples.columns) / samples.time_us - 1)[~spikes].mean()
+        for fitted in (surface, Calm(base=surface).fit(noisy))
+    }
+    assert max(error.values()) < 0.01, error  # least squares: 0.015 and 0.016
+
+
+def test_calmed_ratios_carry_no_spike_to_the_left_out_value_beside_it() -> None:
+    samples = gemm()
+    shape = (samples.shape["n"] == 4096) & (samples.shape["k"] == 4096)
+    spike = shape & (samples.load["m"] == 96)
+    left_out = samples.load["m"] == 128
+    train = replace(samples, time_us=np.where(spike, 3.0, 1.0) * samples.time_us).where(~left_out)
+    test = samples.where(left_out & shape)
+    surface = Surfaced(Trend([100.0]).fit(train)).fit(train)
+    beside = surface.time_us(test.columns)
+    calm, hybrid = (kind(base=surface).fit(train).time_us(test.columns) / beside for kind in (Calm, Hybrid))
+    assert calm == pytest.approx(1.0, abs=0.02)
+    assert hybrid[0] > 1.3
 
 
 def test_damaged_surfaces_are_refused() -> None:
@@ -218,15 +243,6 @@ def test_octaves_and_staircases_are_monotone() -> None:
     assert jump[64] > 50 * jump[63]
 
 
-@given(st.integers(1, 12), st.integers(0, 40), st.integers(1, 9), st.integers(0, 40), st.integers(1, 9))
-def test_list_scheduling_in_closed_form(slots: int, many: int, long: int, more: int, other: int) -> None:
-    ends = [0.0] * slots
-    for block in [long] * many + [other] * more:
-        heapq.heapreplace(ends, ends[0] + block)
-    first, length, second, span = (np.array([float(value)]) for value in (many, long, more, other))
-    assert _list_end(first, length, second, span, float(slots))[0] == pytest.approx(max(ends))
-
-
 def test_decodes_that_share_a_context_are_priced_by_the_share_of_each() -> None:
     load = product(num_decode=range(1, 49), total_context=range(64, 2049, 64))
     seqs, share = load["num_decode"], np.maximum(load["total_context"] // load["num_decode"], 1)
@@ -236,27 +252,6 @@ def test_decodes_that_share_a_context_are_priced_by_the_share_of_each() -> None:
     samples = samples_of("decode_attention", load, time_us, constants=heads)
     fitted = Trend([84.0]).fit(samples)
     assert np.max(np.abs(fitted.time_us(samples.columns) / time_us - 1)) < 0.02
-
-
-@given(
-    many=st.integers(1, 4), long=st.integers(0, 3000), more=st.integers(1, 40), other=st.integers(0, 3000),
-    slots=st.integers(1, 200),
-)  # fmt: skip
-def test_blocks_that_go_out_head_by_head_end_within_the_bounds_of_any_list(
-    many: int, long: int, more: int, other: int, slots: int
-) -> None:
-    heads, tile, start = 8, 64, 160.0
-    values = {
-        "num_heads": heads, "num_key_value_heads": heads, "chunk": many * tile, "prefix": long, "num_decode": more,
-        "context": other,
-    }  # fmt: skip
-    columns = {name: np.array([float(value)]) for name, value in values.items()}
-    end = float(WORKS["mixed_attention"](columns, float(tile), float(slots))["head by head"][0])
-    first = long + (min(many * tile, tile) + many * tile) / 2 + start
-    second = np.ceil(other / 64) * 64 + start
-    work = heads * (many * first + more * second + more * (many - 1) * 16.0) / slots
-    assert max(first, second) <= end <= work + max(first, second)
-    assert end >= work or heads * (many + more) <= slots  # all at once: the longest alone decides
 
 
 def test_an_unknown_model_on_an_unknown_gpu_is_priced_by_thread_blocks_for_each_head() -> None:
@@ -278,24 +273,6 @@ def test_work_that_no_row_shows_gets_no_price() -> None:
     found = {"call": np.ones(40), "rows": np.arange(1.0, 41.0), "several": np.zeros(40)}
     prices = relative_nnls(found, 3.0 + 0.5 * found["rows"])
     assert prices == pytest.approx({"call": 3.0, "rows": 0.5}, rel=1e-6)
-
-
-def test_a_price_of_another_version_is_refused_in_one_line() -> None:
-    with pytest.raises(InputError, match="prices 'missed keys', which this version does not know: calibrate it anew"):
-        trend("tokens", {"num_tokens": np.array([1.0])}, {"call": 1.0, "missed keys": 2.0}, 16.0, 0.0)
-
-
-def test_every_work_has_non_negative_finite_terms() -> None:
-    names = {
-        "chunk": 300, "prefix": 1000, "num_decode": 7, "context": 900, "num_seqs": 3, "long_share": 0.25, "skew": 2.0,
-        "prompt_tokens": 700, "longest": 500, "squares": 90_000, "m": 300, "n": 4096, "k": 4096, "num_tokens": 300,
-        "hidden_size": 2048, "inter_size": 768, "topk": 8, "num_experts": 128, "num_bytes": 1 << 20, "num_gpus": 4,
-    }  # fmt: skip
-    columns = {name: np.array([float(value)]) for name, value in names.items()}
-    for work, found in WORKS.items():
-        for slots in (0.0, 188.0):
-            for name, values in found(columns, 64.0, slots).items():
-                assert np.all(np.isfinite(values)) and np.all(values >= 0), (work, name)
 
 
 def test_a_timer_that_counts_in_steps_is_found_and_is_noise() -> None:
@@ -463,11 +440,6 @@ def test_scaling_predicts_a_faster_gpu_and_says_how_well(tmp_path: Path) -> None
         scale_profile(table_of(new), reference, num_samples=68, seed=0, hardware=None)
     with pytest.raises(InputError, match="none of these operators is in the reference, which has gemm"):
         scale_profile(table_of(decode()), reference, num_samples=10, seed=0, hardware=None)
-
-
-def test_trend_is_the_sum_of_its_priced_terms() -> None:
-    columns = {"num_tokens": np.array([100.0, 300.0])}
-    assert trend("tokens", columns, {"call": 2.0, "tiles": 1.0}, 64.0, 0.0).tolist() == [4.0, 7.0]
 
 
 def test_operators_are_found_by_name() -> None:

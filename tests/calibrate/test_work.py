@@ -1,0 +1,66 @@
+"""Terms of work: closed forms against what they stand for, and prices of terms that are known."""
+
+from __future__ import annotations
+
+import heapq
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvtwin.sim.latency.work import WORKS, _list_end, trend
+from kvtwin.traces.errors import InputError
+
+
+@given(st.integers(1, 12), st.integers(0, 40), st.integers(1, 9), st.integers(0, 40), st.integers(1, 9))
+def test_list_scheduling_in_closed_form(slots: int, many: int, long: int, more: int, other: int) -> None:
+    ends = [0.0] * slots
+    for block in [long] * many + [other] * more:
+        heapq.heapreplace(ends, ends[0] + block)
+    first, length, second, span = (np.array([float(value)]) for value in (many, long, more, other))
+    assert _list_end(first, length, second, span, float(slots))[0] == pytest.approx(max(ends))
+
+
+@given(
+    many=st.integers(1, 4), long=st.integers(0, 3000), more=st.integers(1, 40), other=st.integers(0, 3000),
+    slots=st.integers(1, 200),
+)  # fmt: skip
+def test_blocks_that_go_out_head_by_head_end_within_the_bounds_of_any_list(
+    many: int, long: int, more: int, other: int, slots: int
+) -> None:
+    heads, tile, start = 8, 64, 160.0
+    values = {
+        "num_heads": heads, "num_key_value_heads": heads, "chunk": many * tile, "prefix": long, "num_decode": more,
+        "context": other,
+    }  # fmt: skip
+    columns = {name: np.array([float(value)]) for name, value in values.items()}
+    end = float(WORKS["mixed_attention"](columns, float(tile), float(slots))["head by head"][0])
+    first = long + (min(many * tile, tile) + many * tile) / 2 + start
+    second = np.ceil(other / 64) * 64 + start
+    work = heads * (many * first + more * second + more * (many - 1) * 16.0) / slots
+    assert max(first, second) <= end <= work + max(first, second)
+    assert end >= work or heads * (many + more) <= slots  # all at once: the longest alone decides
+
+
+def test_a_price_of_another_version_is_refused_in_one_line() -> None:
+    with pytest.raises(InputError, match="prices 'missed keys', which this version does not know: calibrate it anew"):
+        trend("tokens", {"num_tokens": np.array([1.0])}, {"call": 1.0, "missed keys": 2.0}, 16.0, 0.0)
+
+
+def test_every_work_has_non_negative_finite_terms() -> None:
+    names = {
+        "chunk": 300, "prefix": 1000, "num_decode": 7, "context": 900, "num_seqs": 3, "long_share": 0.25, "skew": 2.0,
+        "prompt_tokens": 700, "longest": 500, "squares": 90_000, "m": 300, "n": 4096, "k": 4096, "num_tokens": 300,
+        "hidden_size": 2048, "inter_size": 768, "topk": 8, "num_experts": 128, "num_bytes": 1 << 20, "num_gpus": 4,
+    }  # fmt: skip
+    columns = {name: np.array([float(value)]) for name, value in names.items()}
+    for work, found in WORKS.items():
+        for slots in (0.0, 188.0):
+            for name, values in found(columns, 64.0, slots).items():
+                assert np.all(np.isfinite(values)) and np.all(values >= 0), (work, name)
+
+
+def test_trend_is_the_sum_of_its_priced_terms() -> None:
+    columns = {"num_tokens": np.array([100.0, 300.0])}
+    assert trend("tokens", columns, {"call": 2.0, "tiles": 1.0}, 64.0, 0.0).tolist() == [4.0, 7.0]
