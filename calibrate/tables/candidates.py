@@ -36,7 +36,7 @@ _SINGLE_HEAD: Final = 0.01  # weight of rows with one key-value head in a pool
 _CALM_SHARE: Final = 0.5  # 0.3 to 0.7: within 0.5 percentage points on three tables
 _CELLS_PER_ROW: Final = 60  # a table of more cells is no grid (skewed decodes, six axes: 40)
 # Loads that kernels take in tiles of rows, and the tiles worth trying.
-_TILED: Final = ("m", "num_tokens", "chunk")
+_TILED: Final = ("m", "num_tokens", "chunk", "prefill_tokens")
 STAIRCASES: Final = ((), (16.0,), (64.0,), (128.0,), (64.0, 128.0))
 
 

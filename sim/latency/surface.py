@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from kvtwin.sim.latency.grid import FloatArray
 from kvtwin.sim.latency.octaves import digits, octave, plain
-from kvtwin.sim.latency.work import Columns, attention_heads, best_products, context_of_each
+from kvtwin.sim.latency.work import Columns, attention_heads, best_products, context_of_each, prefills
 
 _MIN_FACTOR: Final = 0.1
 _USUAL_SLOTS: Final = 132.0  # tiles at once, where the trend saw no waves
@@ -110,8 +110,7 @@ def _decode(columns: Columns, slots: float) -> dict[str, FloatArray]:  # noqa: A
 
 def _prefill(columns: Columns, slots: float) -> dict[str, FloatArray]:  # noqa: ARG001 - the contract's
     heads, kv_heads = attention_heads(columns)
-    chunk = columns["chunk"]
-    seqs, prefix = columns.get("num_seqs", np.ones(len(chunk))), columns.get("prefix", np.zeros(len(chunk)))
+    seqs, chunk, prefix = prefills(columns)
     return {
         "blocks": seqs * heads, "chunk": chunk, "queries": seqs * heads * chunk, "num_seqs": seqs,
         "kv_heads": kv_heads, "prefix": prefix, "pairs": seqs * heads * chunk * (prefix + chunk / 2),
@@ -119,10 +118,12 @@ def _prefill(columns: Columns, slots: float) -> dict[str, FloatArray]:  # noqa: 
 
 
 def _mixed(columns: Columns, slots: float) -> dict[str, FloatArray]:  # noqa: ARG001 - the contract's
-    chunk, prefix, seqs, context = (columns[name] for name in ("chunk", "prefix", "num_decode", "context"))
+    seqs, context = columns["num_decode"], columns["context"]
+    num_prefills, chunk, prefix = prefills(columns)
+    key = prefix + chunk / 2
     return {
-        "num_decode": seqs, "context": context, "keys": seqs * context, "chunk": chunk, "prefix": prefix,
-        "pairs": chunk * (prefix + chunk / 2), "keys of blocks": np.ceil(chunk / 64) * (prefix + chunk / 2) + seqs * context,
+        "num_decode": seqs, "context": context, "keys": seqs * context, "chunk": num_prefills * chunk, "prefix": prefix,
+        "pairs": num_prefills * chunk * key, "keys of blocks": num_prefills * np.ceil(chunk / 64) * key + seqs * context,
     }  # fmt: skip
 
 

@@ -67,6 +67,20 @@ def context_of_each(columns: Columns) -> FloatArray:
     return np.maximum(np.floor(columns["total_context"] / columns["num_decode"]), 1.0)
 
 
+def prefills(columns: Columns) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Prefills of a batch: how many, new tokens of each, cached tokens of each.
+
+    Some tables say what all of them have together: `prefill_tokens`, and `prefill_key`, the keys that a query sees, averaged
+    over the queries. That stands for as few equal prefills as can have so short a past (LLMServingSim, `_compose_prefill`).
+    """
+    if "prefill_key" not in columns:
+        return _get(columns, "num_seqs", 1.0), columns["chunk"], _get(columns, "prefix", 0.0)
+    tokens, key = columns["prefill_tokens"], columns["prefill_key"]
+    seqs = np.maximum(_ceil(tokens, 2.0 * key), 1.0)
+    chunk = tokens / seqs
+    return seqs, chunk, np.maximum(key - chunk / 2, 0.0)
+
+
 def pooled(columns: Columns) -> dict[str, FloatArray]:
     """Columns in which attention of models with different heads is alike: group, blocks and length, of shape (n,).
 
@@ -77,7 +91,8 @@ def pooled(columns: Columns) -> dict[str, FloatArray]:
     if "num_decode" in columns:
         blocks, length = columns["num_decode"] * kv_heads, context_of_each(columns)
     else:
-        blocks, length = _get(columns, "num_seqs", 1.0) * heads, columns["chunk"]
+        seqs, length, _ = prefills(columns)
+        blocks = seqs * heads
     return {"group": heads / kv_heads, "blocks": blocks, "length": length}
 
 
@@ -89,7 +104,7 @@ def _windowed(length: FloatArray, columns: Columns, extra: float) -> FloatArray:
 
 def _prefill_attention(columns: Columns, tile: float, slots: float) -> Terms:
     heads, kv_heads = attention_heads(columns)
-    seqs, chunk, prefix = _get(columns, "num_seqs", 1.0), columns["chunk"], _get(columns, "prefix", 0.0)
+    seqs, chunk, prefix = prefills(columns)
     blocks = seqs * heads * _ceil(chunk, tile)
     span = _windowed(prefix + (np.minimum(chunk, tile) + chunk) / 2, columns, tile)
     longest = _windowed(prefix + chunk, columns, tile)
@@ -157,17 +172,20 @@ def _spills(read: FloatArray) -> Terms:
 
 
 def _mixed_attention(columns: Columns, tile: float, slots: float) -> Terms:
-    """One prefill with decodes in one launch: query heads are not packed and no context is split.
+    """Prefills with decodes in one launch: query heads are not packed and no context is split.
 
-    Every decode gets as many blocks as the prefill, of which all but one find nothing to do.
+    Every decode gets as many blocks as a prefill, of which all but one find nothing to do.
     """
     heads, kv_heads = attention_heads(columns)
-    chunk, prefix, seqs, context = (columns[name] for name in ("chunk", "prefix", "num_decode", "context"))
+    seqs, context = columns["num_decode"], columns["context"]
+    num_prefills, chunk, prefix = prefills(columns)
     span = prefix + (np.minimum(chunk, tile) + chunk) / 2
     tiles, whole = _ceil(chunk, tile), _ceil(context, _MIXED_PIECE) * _MIXED_PIECE
-    terms = _two_kinds((heads * tiles, span), (seqs * heads, whole), slots, prefix + chunk)
-    terms |= {"empty blocks": heads * seqs * (tiles - 1.0), "keys": kv_heads * seqs * context}
-    terms["head by head"] = _interleaved((tiles, span), (seqs, whole), columns, slots)
+    of_prefills = num_prefills * tiles
+    terms = _two_kinds((heads * of_prefills, span), (seqs * heads, whole), slots, prefix + chunk)
+    empty = seqs * (tiles - 1.0)
+    terms |= {"empty blocks": heads * empty, "keys": kv_heads * seqs * context}
+    terms["head by head"] = _interleaved((of_prefills, span), (seqs, whole), empty, heads, slots)
     return terms | _misses(columns, context, slots)
 
 
@@ -189,16 +207,20 @@ def _misses(columns: Columns, context: FloatArray, slots: float) -> Terms:
 
 
 def _interleaved(
-    prefill: tuple[FloatArray, FloatArray], decode: tuple[FloatArray, FloatArray], columns: Columns, slots: float
+    prefill: tuple[FloatArray, FloatArray],
+    decode: tuple[FloatArray, FloatArray],
+    empty: FloatArray,
+    heads: FloatArray,
+    slots: float,
 ) -> FloatArray:
-    """When the last block ends, in keys: blocks of (how many for each head, how long) go out head by head.
+    """When the last block ends, in keys: blocks of (how many for each head, how long), and `empty` ones, go out head by head.
 
     All at once where the slots suffice; else the last head's start when the work of the others is done.
     """
-    heads, slots = attention_heads(columns)[0], slots or _MANY_SLOTS
+    slots = slots or _MANY_SLOTS
     (tiles, span), (seqs, context) = prefill, decode
     first, second = span + _BLOCK_START, context + _BLOCK_START
-    work = (tiles * first + seqs * second + seqs * (tiles - 1.0) * _EMPTY_BLOCK) / slots
+    work = (tiles * first + seqs * second + empty * _EMPTY_BLOCK) / slots
     longest = np.maximum(first, second)
     return np.where(heads * (tiles + seqs) <= slots, longest, (heads - 1.0) * work + np.maximum(work, longest))
 

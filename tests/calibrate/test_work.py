@@ -64,3 +64,15 @@ def test_every_work_has_non_negative_finite_terms() -> None:
 def test_trend_is_the_sum_of_its_priced_terms() -> None:
     columns = {"num_tokens": np.array([100.0, 300.0])}
     assert trend("tokens", columns, {"call": 2.0, "tiles": 1.0}, 64.0, 0.0).tolist() == [4.0, 7.0]
+
+
+@pytest.mark.parametrize("work", ["prefill_attention", "mixed_attention"])
+def test_prefills_by_their_keys_are_as_few_equal_ones_as_can_have_so_short_a_past(work: str) -> None:
+    decodes = {"num_decode": np.array([4.0, 4.0]), "context": np.array([100.0, 100.0])}
+    # 64 tokens whose queries see 16 keys: two prefills of 32 tokens, without a past; 300 keys: one, with 268 behind it.
+    together = {"prefill_tokens": np.array([64.0, 64.0]), "prefill_key": np.array([16.0, 300.0])}
+    each = {"num_seqs": np.array([2.0, 1.0]), "chunk": np.array([32.0, 64.0]), "prefix": np.array([0.0, 268.0])}
+    found, expected = (WORKS[work](columns | decodes, 64.0, 8.0) for columns in (together, each))
+    assert {name: values.tolist() for name, values in found.items()} == {
+        name: values.tolist() for name, values in expected.items()
+    }

@@ -35,6 +35,33 @@ def test_profile_values(kernel_profile: Path) -> None:
     assert other.digest != profile.digest
 
 
+NEWER = """layer,prefill_chunk,prefill_key,n_decode,kv_decode,decode_q_len,time_us,measurement_protocol
+attention,0,0,1,16,1,8.5,v4
+attention,0,0,1,16,4,9.0,v4
+attention,16,40,1,16,1,9.5,v4
+attention,64,16,0,0,1,12.5,v4
+"""
+
+
+def test_newer_profiles_give_prefills_by_the_keys_that_they_see(kernel_profile: Path) -> None:
+    (kernel_profile / "tp1/attention.csv").write_text(NEWER)
+    (kernel_profile / "tp1/skew.csv").write_text("layer,requests_json,t_skew_us\n")
+    profile = read_kernel_profile(kernel_profile, 1)
+    rows = [(row["prefill_chunk"], row["kv_prefill"]) for row in profile.attention.to_pylist()]
+    assert rows == [(0, 0.0), (16, 32.0), (64, -16.0)]  # not the decode of four queries; two prefills of 32 tokens
+    assert profile.skew is None
+    assert profile.notes == ("skew.csv lists requests, which is not read: uneven contexts cost what their mean costs",)
+
+
+def test_models_whose_steps_are_not_composed(kernel_profile: Path) -> None:
+    (kernel_profile / "tp1/attention.csv").write_text(NEWER.replace("attention,64", "indexer,64"))
+    with pytest.raises(InputError, match=r"attention.csv: 2 kernels \(attention, indexer\): such a model's steps"):
+        read_kernel_profile(kernel_profile, 1)
+    (kernel_profile / "tp1/linear_attention.csv").write_text("layer,prefill_tokens,n_decode,time_us\n")
+    with pytest.raises(InputError, match=r"linear_attention.csv: steps of a model with linear attention"):
+        read_kernel_profile(kernel_profile, 1)
+
+
 def test_missing_degree_names_those_that_exist(kernel_profile: Path) -> None:
     with pytest.raises(InputError, match="no tp4 here; found: tp1, tp2"):
         read_kernel_profile(kernel_profile, 4)

@@ -20,6 +20,12 @@ ATTENTION = """prefill_chunk,kv_prefill,n_decode,kv_decode,time_us
 64,0,0,0,12.25
 64,128,4,128,20.5
 """
+NEWER_ATTENTION = """layer,prefill_chunk,prefill_key,n_decode,kv_decode,decode_q_len,time_us,measurement_protocol
+attention,0,0,4,128,1,9.5,v4
+attention,0,0,4,128,4,11.5,v4
+attention,64,32,0,0,1,12.25,v4
+attention,64,16.5,4,128,1,20.5,v4
+"""
 SKEW = """regime,n,nb,ratio,skew,pc,kp,kvs,kv_big,kv_mean,t_mean_us,t_max_us,t_skew_us,alpha
 pure,4,1,0.25,1.5,0,0,128,192,144,46.5,50.1,48.0,0.25
 mixed,4,1,0.25,1.5,16,0,128,192,144,46.5,50.1,60.0,
@@ -131,6 +137,20 @@ def test_llmservingsim_tables_and_the_sums_of_skew(tmp_path: Path) -> None:
         read_op_table(write(tmp_path / "elsewhere/skew.csv", SKEW))
 
 
+def test_newer_llmservingsim_tables_tell_kernels_queries_and_degrees_apart(tmp_path: Path) -> None:
+    samples = read_op_table(write(tmp_path / "tp1/attention.csv", NEWER_ATTENTION)).samples
+    assert [(sample.op, sample.key["decode_q_len"]) for sample in samples] == [
+        ("decode attention", "1"), ("decode attention", "4"), ("prefill attention", "1"), ("mixed attention", "1"),
+    ]  # fmt: skip
+    assert all("layer" not in sample.key for sample in samples)  # one kernel, called as ever
+    assert {name: values.tolist() for name, values in samples[3].load.items()} == {
+        "prefill_tokens": [64], "prefill_key": [16.5], "num_decode": [4], "context": [128],
+    }  # fmt: skip
+    experts = "ep,tokens,activated_experts,time_us\n1,1,8,47.8\n2,1,4,36.1\n"
+    keys = [sample.key for sample in read_op_table(write(tmp_path / "tp1/moe.csv", experts)).samples]
+    assert [key["expert_parallel_size"] for key in keys] == ["1", "2"]
+
+
 def test_v0_nanoseconds_splitwise_milliseconds_and_its_suspects(tmp_path: Path) -> None:
     layers = read_op_table(write(tmp_path / "layers.csv", LAYERS))
     assert rows_of(layers)[1:] == [
@@ -212,6 +232,12 @@ def test_a_bad_cell_is_named_with_its_row_and_column(tmp_path: Path, text: str, 
 def test_a_bad_parquet_row_is_named(tmp_path: Path, change: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words):
         read_op_table(parquet(tmp_path / "gemm.parquet", [GEMM, {**GEMM, **change}]))
+
+
+def test_a_prefill_that_sees_no_key_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "attention.csv", NEWER_ATTENTION.replace("64,32,", "64,0,"))
+    with pytest.raises(InputError, match=r"attention.csv, row 4, prefill_key: 0.0: the keys .* above 0"):
+        read_op_table(path)
 
 
 def test_files_that_are_no_tables(tmp_path: Path) -> None:

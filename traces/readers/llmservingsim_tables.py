@@ -19,9 +19,9 @@ from kvtwin.traces.readers.llmservingsim_profile import measurement_iterations, 
 from kvtwin.traces.readers.optable import OpSamples, OpTable, group_samples, op_table
 from kvtwin.traces.readers.text import find_optional
 
-_ATTENTION: Final = {
-    "prefill_chunk": "chunk", "kv_prefill": "prefix", "n_decode": "num_decode", "kv_decode": "context",
-}  # fmt: skip
+_PREFILL: Final = {"prefill_chunk": "chunk", "kv_prefill": "prefix"}
+_DECODE: Final = {"n_decode": "num_decode", "kv_decode": "context"}
+_ORDINARY: Final = {"layer": "attention", "decode_q_len": "1"}
 _SKEW: Final = {"pc": "chunk", "kp": "prefix", "n": "num_decode", "kvs": "context"}
 
 
@@ -47,6 +47,8 @@ def read(path: Path) -> OpTable:
         samples = _skew(table, key, measurement_iterations(meta, meta_file))
     elif "activated_experts" in names:
         load = {"num_tokens": table.sizes("tokens"), "activated_experts": table.sizes("activated_experts")}
+        if "ep" in names:
+            key["expert_parallel_size"] = table.text("ep")
         samples = group_samples(table, "moe", "moe", table.times("time_us"), key=key, shape={}, load=load)
     else:
         samples = _layers(table, key, "sequences" if "sequences" in names else "tokens")
@@ -70,19 +72,44 @@ def _facts(meta: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _attention(table: WideTable, key: Mapping[str, Any]) -> list[OpSamples]:
-    columns = {ours: table.sizes(name) for name, ours in _ATTENTION.items()}
-    times = table.times("time_us")
-    prefill, decode = columns["chunk"] > 0, columns["num_decode"] > 0
-    table.require(prefill | decode, "prefill_chunk", "and no decodes: an empty batch has no time", columns["chunk"])
+    """Older files have one prefill a batch and its prefix; newer ones several prefills, and the keys that they see.
+
+    Newer ones also have several kernels (`layer`) and decodes of several queries (`decode_q_len`): keys, never averaged over.
+    """
+    prefills = _attention_prefills(table)
+    decodes = {ours: table.sizes(name) for name, ours in _DECODE.items()}
+    has_prefill, has_decode = next(iter(prefills.values())) > 0, decodes["num_decode"] > 0
+    table.require(
+        has_prefill | has_decode,
+        "prefill_chunk",
+        "and no decodes: an empty batch has no time",
+        table.sizes("prefill_chunk"),
+    )
+    times, key = table.times("time_us"), {**key, **_kernel(table)}
     found = []
-    for op, work, keep, names in (
-        ("decode attention", "decode_attention", ~prefill, ("num_decode", "context")),
-        ("prefill attention", "prefill_attention", ~decode, ("chunk", "prefix")),
-        ("mixed attention", "mixed_attention", prefill & decode, ("chunk", "prefix", "num_decode", "context")),
+    for op, work, keep, load in (
+        ("decode attention", "decode_attention", ~has_prefill, decodes),
+        ("prefill attention", "prefill_attention", ~has_decode, prefills),
+        ("mixed attention", "mixed_attention", has_prefill & has_decode, {**prefills, **decodes}),
     ):
-        load = {name: columns[name] for name in names}
         found += group_samples(table, op, work, times, key=key, shape={}, load=load, keep=keep)
     return found
+
+
+def _attention_prefills(table: WideTable) -> dict[str, npt.NDArray[Any]]:
+    if "prefill_key" not in table.names:
+        return {ours: table.sizes(name) for name, ours in _PREFILL.items()}
+    tokens, keys = table.sizes("prefill_chunk"), table.numbers("prefill_key")
+    table.require(
+        (keys > 0) | (tokens == 0), "prefill_key", "the keys that a prefill's query sees expected, above 0", keys
+    )
+    return {"prefill_tokens": tokens, "prefill_key": keys}
+
+
+def _kernel(table: WideTable) -> dict[str, npt.NDArray[Any]]:
+    """What newer attention tables tell apart, unless it is all as in older ones."""
+    texts = {name: table.text(name) for name in _ORDINARY if name in table.names}
+    return {name: values for name, values in texts.items() if set(values.tolist()) != {_ORDINARY[name]}}
 
 
 def _skew(table: WideTable, key: Mapping[str, Any], iterations: int) -> list[OpSamples]:

@@ -27,6 +27,7 @@ WORKS: Final = (
     "prefill_attention",  # num_seqs, chunk (new tokens of each), prefix (cached tokens of each)
     "decode_attention",  # num_decode, context (of each)
     "mixed_attention",  # chunk and prefix of one prefill, num_decode and context (of each)
+    # (both also with prefill_tokens and prefill_key of all prefills together: `work.prefills`)
     "uneven_decode",  # num_decode; a share long_share of them has `skew` times the others' `context`
     "uneven_mixed",  # the same, with chunk and prefix of one prefill
     "uneven_prefill",  # num_seqs, prompt_tokens and squares (sums over them), longest, prefix (of each)
