@@ -12,7 +12,7 @@ from kvtwin.calibrate.accuracy import summarize
 from kvtwin.calibrate.kernels.table import Table, filled, fitted_prefill
 from kvtwin.calibrate.kernels.uneven import first_unsplit_of, slopes_of
 from kvtwin.calibrate.models import ModelSpec
-from kvtwin.calibrate.tables.calibrate import Fitted, fit_samples
+from kvtwin.calibrate.tables.calibrate import fit_samples
 from kvtwin.calibrate.tables.choice import report
 from kvtwin.sim.latency.grid import FloatArray, Grid
 from kvtwin.traces.readers.llmservingsim_profile import KernelProfile
@@ -45,13 +45,10 @@ def kernel_accuracy(kernels: KernelProfile, model: ModelSpec) -> dict[str, Any]:
     found = {
         name: _held_out(coordinates, times, dimension) for name, (coordinates, times, dimension) in samples.items()
     }
-    fitted: dict[str, tuple[Fitted, tuple[str, ...]]] = {
-        "prefill attention": (fitted_prefill(prefill, kernels, model), ("prefix", "chunk"))
-    }
     product = plain_samples("largest GEMM", "tokens", {"num_tokens": gemm.tokens}, gemm.time_us)
-    fitted["largest GEMM"] = (fit_samples(product, None), ("num_tokens",))
-    for name, (one, axes) in fitted.items():
-        for axis in axes:
+    fitted = {"prefill attention": fitted_prefill(prefill, kernels, model), "largest GEMM": fit_samples(product, None)}
+    for name, one in fitted.items():
+        for axis in one.samples.load:
             part = report([(one.samples, one.held, one.choice.name)], axis)
             found[f"{name}, {axis.removeprefix('num_')} held out"] = part or {"n": 0}
     return found | _uneven_accuracy(kernels, model, attention) | _repeats(kernels, attention)

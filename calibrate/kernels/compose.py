@@ -9,9 +9,10 @@ import numpy as np
 import pyarrow as pa
 
 from kvtwin.calibrate.kernels.accuracy import kernel_accuracy
-from kvtwin.calibrate.kernels.table import Table, filled, fitted_prefill
+from kvtwin.calibrate.kernels.table import Table, filled, fitted_prefill, hardware_of
 from kvtwin.calibrate.kernels.uneven import describe_unsplit, first_unsplit_of, unevenness, unsplit_decodes
 from kvtwin.calibrate.models import ModelSpec
+from kvtwin.calibrate.prefills import several_prefills
 from kvtwin.calibrate.tables.calibrate import fit_samples
 from kvtwin.calibrate.tables.checks import MIN_ROWS
 from kvtwin.sim.latency.composed import ComposedLatency
@@ -87,6 +88,7 @@ def calibrate_kernels(
             "digest": kernels.digest,
             "launch_gap": f"{LAUNCH_GAP_US} us before each of {latency.num_kernels} kernels: a prior, not fitted",
             "decode_attention": describe_unsplit(unsplit),
+            **({"left_out": list(kernels.notes)} if kernels.notes else {}),
         },
     )
 
@@ -193,24 +195,29 @@ def _attention_grids(table: Table, kernels: KernelProfile, model: ModelSpec) -> 
     for name, part in (("decode", decode), ("prefill", prefill), ("mixed", mixed)):
         if len(part) < 4:
             raise InputError(f"attention.csv has {len(part)} {name} rows: too few to interpolate", path=kernels.path)
-    prefill_grid = _prefill_grid(prefill, kernels, model)
+    prefills = _prefill_grids(prefill, kernels, model)
     return {
         "decode": filled([decode.n_decode, decode.kv_decode], decode.time_us),
-        "prefill": prefill_grid,
-        "increment": _increment(mixed, prefill_grid),
+        **prefills,
+        "increment": _increment(mixed.where(mixed.kv_prefill >= 0), prefills["prefill"]),
     }
 
 
-def _prefill_grid(prefill: Table, kernels: KernelProfile, model: ModelSpec) -> Grid:
-    """Attention of one prefill by (chunk, prefix), with the steps of its thread blocks between measured chunks."""
+def _prefill_grids(prefill: Table, kernels: KernelProfile, model: ModelSpec) -> dict[str, Grid]:
+    """Attention of one prefill by (chunk, prefix), and of several, with the steps of thread blocks between measured chunks."""
     if len(prefill) < MIN_ROWS:
-        return filled([prefill.prefill_chunk, prefill.kv_prefill], prefill.time_us)
-    found = fitted_prefill(prefill, kernels, model).model
+        return {"prefill": filled([prefill.prefill_chunk, prefill.kv_prefill], prefill.time_us)}
+    found = fitted_prefill(prefill, kernels, model)
     chunks = _with_tile_ends(np.unique(prefill.prefill_chunk).astype(np.float64), (_QUERY_TILE,))
-    prefixes = np.unique(prefill.kv_prefill).astype(np.float64)
+    prefixes = np.unique(np.maximum(prefill.kv_prefill, 0)).astype(np.float64)
     chunk, prefix = (values.ravel() for values in np.meshgrid(chunks, prefixes, indexing="ij"))
-    times = found.time_us({"chunk": chunk, "prefix": prefix})
-    return Grid([chunks.tolist(), prefixes.tolist()], times.reshape(len(chunks), len(prefixes)))
+    # By either name, as older and newer tables have it.
+    keys = {"prefill_tokens": chunk, "prefill_key": prefix + chunk / 2}
+    times = found.model.time_us({"chunk": chunk, "prefix": prefix, **keys})
+    return {
+        "prefill": Grid([chunks.tolist(), prefixes.tolist()], times.reshape(len(chunks), len(prefixes))),
+        "several": several_prefills(found, chunks, {}, hardware_of(kernels)),
+    }
 
 
 def _increment(mixed: Table, prefill: Grid) -> Grid:

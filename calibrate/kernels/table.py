@@ -45,7 +45,12 @@ class Table:
 
 def gpu_of(kernels: KernelProfile) -> GpuSpec | None:
     """Facts of the GPU that was measured; None where it is not known."""
-    return gpu_spec(str(kernels.meta.get("gpu") or kernels.meta.get("hardware") or ""))
+    return gpu_spec(hardware_of(kernels))
+
+
+def hardware_of(kernels: KernelProfile) -> str:
+    """Name of the GPU that was measured; "" where it is not known."""
+    return str(kernels.meta.get("gpu") or kernels.meta.get("hardware") or "")
 
 
 def kv_heads_of(kernels: KernelProfile, model: ModelSpec) -> int:
@@ -96,6 +101,12 @@ def fitted_prefill(prefill: Table, kernels: KernelProfile, model: ModelSpec) -> 
         "num_heads": float(max(model.num_attention_heads // degree, 1)),
         "num_key_value_heads": float(kv_heads_of(kernels, model)),
     }
-    load = {"chunk": prefill.prefill_chunk, "prefix": prefill.kv_prefill}
+    if (prefill.kv_prefill < 0).any():  # batches of several prefills too
+        load = {
+            "prefill_tokens": prefill.prefill_chunk,
+            "prefill_key": prefill.kv_prefill + prefill.prefill_chunk / 2,
+        }
+    else:
+        load = {"chunk": prefill.prefill_chunk, "prefix": prefill.kv_prefill}
     samples = plain_samples("prefill attention", "prefill_attention", load, prefill.time_us, constants=heads)
-    return fit_samples(samples, str(kernels.meta.get("gpu") or kernels.meta.get("hardware") or ""))
+    return fit_samples(samples, hardware_of(kernels))

@@ -17,6 +17,7 @@ from kvtwin.calibrate.gpus import gpu_spec
 from kvtwin.calibrate.models import ModelSpec
 from kvtwin.calibrate.operators.fits import OperatorFits
 from kvtwin.calibrate.operators.recipes import Dense, Recipe, recipe_for
+from kvtwin.calibrate.prefills import several_prefills
 from kvtwin.calibrate.tables.calibrate import Fitted, accuracy_of, only_engine, only_fact
 from kvtwin.sim.latency.composed import ComposedLatency
 from kvtwin.sim.latency.grid import FloatArray, Grid
@@ -66,7 +67,7 @@ def compose_tables(
         "num_heads": model.num_attention_heads / tensor_parallel_size,
         "num_key_value_heads": max(1.0, model.num_key_value_heads / tensor_parallel_size),
     }
-    decode = _decode_grid(fits.fitted[recipe.decode], heads)
+    decode, prefill = _decode_grid(fits.fitted[recipe.decode], heads), _prefill_grid(fits.fitted[recipe.prefill], heads)
     latency = ComposedLatency(
         num_layers=model.num_hidden_layers,
         num_kernels=0,
@@ -74,7 +75,8 @@ def compose_tables(
         tokens=parts,
         sequences=_summed([(dense, fits.fitted[dense.op]) for dense in recipe.per_request], bytes_per_us),
         decode=decode,
-        prefill=_prefill_grid(fits.fitted[recipe.prefill], heads),
+        prefill=prefill,
+        several=several_prefills(fits.fitted[recipe.prefill], prefill.axes[0], heads, device),
         increment=_beside_prompts(decode),
         unevenness_decode=_NO_COST,
         unevenness_mixed=_NO_COST,

@@ -10,7 +10,9 @@ Attention of a step with d decodes (total context C, largest M, spread s) and pr
 The tables are measured with equal contexts. Where contexts differ, the thread blocks of the longest one end
 last: time grows with the excess of the longest over the mean, by a slope that falls with the number of
 decodes (more waves fill the tail) and with v = s / (M - C/d), the share of long ones. K is the prefix
-length that gives one chunk of P tokens as many (query, key) pairs as the step's chunks have in all.
+length that gives one chunk of P tokens as many (query, key) pairs as the step's chunks have in all. Where they have
+fewer than P tokens in one chunk, they are several: several(P, q) stands for prefill(P, K), with the number q of equal
+chunks that have as many pairs.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ class ComposedLatency:
         tokens: 1-D parts by new tokens, already summed over layers, by name ("dense", "moe", "collectives").
         sequences: by number of requests (lm_head, sampler).
         decode, prefill, increment: attention of one layer.
+        several: attention of one layer by (P, q); None for times of one chunk whatever the prompts.
         unevenness_decode, unevenness_mixed: slope in us per token, by (decodes, v).
     """
 
@@ -51,6 +54,7 @@ class ComposedLatency:
     increment: Grid
     unevenness_decode: Grid
     unevenness_mixed: Grid
+    several: Grid | None = None
 
     def step_ns(self, batches: BatchStats, first_step: int) -> IntArray:  # noqa: ARG002 - the contract's
         """See `LatencyModel.step_ns`."""
@@ -76,10 +80,15 @@ class ComposedLatency:
         return np.maximum(time_us + self._unevenness_us(batches, mean, pure), 0.0)
 
     def _mixed_us(self, batches: BatchStats, mean: FloatArray) -> FloatArray:
-        chunk = batches.prefill_tokens
-        prefix = np.maximum(batches.prefill_pairs - chunk * (chunk + 1) // 2, 0) / chunk
-        chunk = np.maximum(chunk, self.prefill.axes[0][0])  # below the smallest measured chunk time is flat
-        return self.prefill(chunk, prefix) + self.increment(chunk, prefix, batches.num_decode, mean)
+        tokens, pairs = batches.prefill_tokens, batches.prefill_pairs
+        prefix = np.maximum(pairs - tokens * (tokens + 1) // 2, 0) / tokens
+        chunk = np.maximum(tokens, self.prefill.axes[0][0])  # below the smallest measured chunk time is flat
+        time_us = self.prefill(chunk, prefix)
+        if self.several is not None:
+            shared = prefix == 0
+            count = tokens[shared] * tokens[shared] / (2 * pairs[shared] - tokens[shared])
+            time_us[shared] = self.several(chunk[shared], count)
+        return time_us + self.increment(chunk, prefix, batches.num_decode, mean)
 
     def _unevenness_us(self, batches: BatchStats, mean: FloatArray, pure: FloatArray) -> FloatArray:
         excess = batches.decode_context_max - mean
@@ -108,12 +117,13 @@ class ComposedLatency:
             num_kernels=int(data["num_kernels"]),
             launch_gap_us=float(data["launch_gap_us"]),
             tokens={name: _grid(grid) for name, grid in data["tokens"].items()},
+            several=_grid(data["several"]) if "several" in data else None,
             **grids,
         )
 
     def to_json(self) -> dict[str, Any]:
         """Numbers and names only; times in microseconds to a tenth of a nanosecond."""
-        data = {key: value for key, value in vars(self).items() if not isinstance(value, Grid | Mapping)}
+        data = {key: value for key, value in vars(self).items() if not isinstance(value, Grid | Mapping | None)}
         data["tokens"] = {name: _grid_json(grid) for name, grid in self.tokens.items()}
         data.update({key: _grid_json(value) for key, value in vars(self).items() if isinstance(value, Grid)})
         return data
@@ -168,10 +178,14 @@ class ComposedPricer:
         model, decodes = self._model, batch.num_decode
         mean = batch.decode_context / max(decodes, 1)
         if batch.num_prefill:
-            chunk: float = batch.prefill_tokens
-            prefix = max(batch.prefill_pairs - batch.prefill_tokens * (batch.prefill_tokens + 1) // 2, 0) / chunk
-            chunk = max(chunk, model.prefill.axes[0].item(0))
-            time_us = model.prefill.at(chunk, prefix) + model.increment.at(chunk, prefix, decodes, mean)
+            tokens, pairs = batch.prefill_tokens, batch.prefill_pairs
+            prefix = max(pairs - tokens * (tokens + 1) // 2, 0) / tokens
+            chunk = max(float(tokens), model.prefill.axes[0].item(0))
+            if prefix == 0 and model.several is not None:
+                time_us = model.several.at(chunk, tokens * tokens / (2 * pairs - tokens))
+            else:
+                time_us = model.prefill.at(chunk, prefix)
+            time_us += model.increment.at(chunk, prefix, decodes, mean)
             slopes = model.unevenness_mixed
         else:
             time_us = model.decode.at(decodes, mean)

@@ -101,6 +101,34 @@ def test_two_chunks_cost_as_much_as_one_with_as_many_pairs() -> None:
     assert float(latency.attention_us(chunks)[0]) == pytest.approx(prefill_us(500, prefix))
 
 
+def pairs_us(tokens: float, prefix: float) -> float:
+    """Attention by its (query, key) pairs; a prefix of -tokens / 4 stands for two prefills that share the tokens."""
+    return 10.0 + 1e-4 * tokens * (prefix + tokens / 2)
+
+
+def attention_of(prefills: list[tuple[int, float]]) -> pa.Table:
+    kept = kernel_profile().attention.filter(pa.compute.field("n_decode") > 0)
+    names = ("prefill_chunk", "kv_prefill", "n_decode", "kv_decode", "time_us")
+    rows = [(tokens, prefix, 0, 0, pairs_us(tokens, prefix)) for tokens, prefix in prefills]
+    prefill = pa.table(dict(zip(names, map(pa.array, zip(*rows, strict=True)), strict=True)), schema=kept.schema)
+    return pa.concat_tables([kept, prefill])
+
+
+@pytest.mark.parametrize("measured_several", [False, True])
+def test_prompts_that_share_a_step_cost_less_than_one_with_as_many_tokens(measured_several: bool) -> None:
+    sizes = [64 * 2**power for power in range(6)]
+    prefills = [(tokens, prefix) for tokens in sizes for prefix in (0, 256, 1024)]
+    if measured_several:
+        prefills += [
+            (tokens, 64 * 2**power - tokens // 2) for tokens in sizes for power in range(6) if 128 * 2**power < tokens
+        ]
+    latency = latency_of(kernel_profile(attention=attention_of(prefills)))
+    one, four = (latency.attention_us(BatchStats.of_batch([0] * n, [2048 // n] * n))[0] for n in (1, 4))
+    assert one == pytest.approx(pairs_us(2048, 0), rel=0.03)
+    # Where they were not measured, the trend of one prefill tells: its blocks, not only its pairs.
+    assert four == pytest.approx(pairs_us(2048, -1024 + 256), rel=0.03 if measured_several else 0.25)
+
+
 def test_tensor_parallelism_needs_collectives_and_adds_two_per_layer() -> None:
     with pytest.raises(InputError, match="a table of all-reduce times is needed"):
         latency_of(kernel_profile(2))

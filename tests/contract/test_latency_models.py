@@ -31,6 +31,7 @@ COMPOSED = ComposedLatency(
     increment=Grid([[16, 2048], [0], [0, 128], [16, 16384]], [[[[0, 0], [90, 9000]]], [[[0, 0], [120, 9000]]]]),
     unevenness_decode=Grid([[4, 64, 256], [0.1, 0.5]], [[0.0, 0.0], [0.017, 0.01], [0.009, 0.004]]),
     unevenness_mixed=Grid([[0.0], [0.0]], [[0.01]]),
+    several=Grid([[16, 2048], [1, 128]], [[8.0, 7.0], [170.0, 60.0]]),
 )
 MODELS: dict[str, Any] = {
     "linear": LinearLatency(1000, 10, 1, 5),
