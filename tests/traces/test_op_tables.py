@@ -170,6 +170,17 @@ def test_vidur_takes_means_unless_they_scatter(tmp_path: Path) -> None:
     assert emb.resolution_us == 1.0
 
 
+def test_vidur_attention_by_medians_alone_and_told_by_its_chunk(tmp_path: Path) -> None:
+    text = """time_stats.attn_prefill.median,time_stats.attn_decode.median,batch_size,prefill_chunk_size,kv_cache_size
+0.0205,,1,64,32
+,0.0085,4,0,128
+"""
+    assert rows_of(read_op_table(write(tmp_path / "attention.csv", text))) == [
+        {"op": "attn_prefill", "num_seqs": 1, "chunk": 64, "prefix": 32, "time_us": 20.5},
+        {"op": "attn_decode", "num_decode": 4, "total_context": 128, "time_us": 8.5},
+    ]
+
+
 def test_vidur_attention_rows_of_the_own_regime(tmp_path: Path) -> None:
     found = read_op_table(write(tmp_path / "attention.csv", FRONTIER))
     assert rows_of(found) == [

@@ -75,7 +75,7 @@ def _samples(table: WideTable, op: str) -> list[OpSamples]:
     key: dict[str, npt.NDArray[Any]] = {name: table.text(name) for name in _KEYS if name in table.names}
     if "collective" in table.names:
         return _collective(table, op)
-    if "is_prefill" in table.names:
+    if "prefill_chunk_size" in table.names:
         return _attention(table, op, key)
     ran = ~np.isnan(table.numbers(f"{_PREFIX}{op}.median"))
     return _group(table, op, "tokens", ran, key, {"num_tokens": table.sizes("num_tokens")})
@@ -93,7 +93,10 @@ def _attention(table: WideTable, op: str, key: dict[str, npt.NDArray[Any]]) -> l
     median = table.numbers(f"{_PREFIX}{op}.median")
     if not np.any(median > 0):  # never measured
         return []
-    prefill = np.array([text.lower() == "true" for text in table.text("is_prefill")], np.bool_)
+    if "is_prefill" in table.names:
+        prefill = np.array([text.lower() == "true" for text in table.text("is_prefill")], np.bool_)
+    else:
+        prefill = table.sizes("prefill_chunk_size") > 0  # as LLMServingSim's predictor tells them
     mode = table.text("mode") if "mode" in table.names else np.full(len(table), "even", dtype=object)
     key = {**key, "mode": mode}
     batch, chunk, cached = (table.sizes(name) for name in ("batch_size", "prefill_chunk_size", "kv_cache_size"))
@@ -163,8 +166,9 @@ def _group(
     shape: dict[str, IntArray] | None = None,
 ) -> list[OpSamples]:
     name = op.removesuffix("_uneven")
-    mean, median, std = (table.numbers(f"{_PREFIX}{name}.{stat}") for stat in ("mean", "median", "std"))
-    good = np.isfinite(median) & (median > 0) & (mean > 0)
+    median = table.numbers(f"{_PREFIX}{name}.median")
+    mean, std = (_if_there(table, f"{_PREFIX}{name}.{stat}") for stat in ("mean", "std"))
+    good = np.isfinite(median) & (median > 0) & ~(mean <= 0)
     table.require(good | ~keep, f"{_PREFIX}{name}.median", "a positive, finite time expected (milliseconds)", median)
     spread = np.divide(std, mean, out=np.full(len(mean), np.nan), where=keep & (mean > 0))
     time_us = np.where(spread <= _SCATTER, mean, median) * _US_PER_MS
@@ -172,6 +176,10 @@ def _group(
         table, op, work, time_us, key=key, shape=shape or {}, load=load, keep=keep, spread=spread,
         resolution_us=_resolution_us(median[keep]),
     )  # fmt: skip
+
+
+def _if_there(table: WideTable, name: str) -> FloatArray:
+    return table.numbers(name) if name in table.names else np.full(len(table), np.nan)
 
 
 def _resolution_us(median_ms: FloatArray) -> float:
