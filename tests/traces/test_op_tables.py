@@ -111,6 +111,16 @@ def test_aiconfigurator_milliseconds_steps_and_elements(tmp_path: Path) -> None:
     assert reduce.load["num_bytes"].tolist() == [256]  # 128 elements of 2 bytes
 
 
+def test_older_aiconfigurator_tables_are_csv(tmp_path: Path) -> None:
+    text = ",".join(GEMM) + "\n" + ",".join(str(value) for value in GEMM.values()) + "\n"
+    as_csv, as_parquet = (
+        read_op_table(path)
+        for path in (write(tmp_path / "gemm_perf.txt", text), parquet(tmp_path / "g.parquet", [GEMM]))
+    )
+    assert rows_of(as_csv) == rows_of(as_parquet)
+    assert [sample.key for sample in as_csv.samples] == [sample.key for sample in as_parquet.samples]
+
+
 def test_a_kernel_splits_the_key_only_where_one_shape_ran_two(tmp_path: Path) -> None:
     chosen = [GEMM, {**GEMM, "m": 64, "kernel_source": "cutlass"}]
     assert len(read_op_table(parquet(tmp_path / "a.parquet", chosen)).samples) == 1

@@ -1,4 +1,4 @@
-"""Operator times of NVIDIA aiconfigurator: `OP_perf.parquet`, one operator of one engine version on one GPU.
+"""Operator times of NVIDIA aiconfigurator: `OP_perf.parquet` (older: CSV, `OP_perf.txt`), one operator on one GPU.
 
 Row: framework, version, device, op_name, kernel_source, the operator's shape, `latency` in milliseconds per call.
 `step` of generation attention is the context length; of context modules the tokens already cached. `message_size` of
@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from kvtwin.traces.errors import InputError
 from kvtwin.traces.readers.allreduce import ELEMENT_BYTES
-from kvtwin.traces.readers.columns import WideTable, read_parquet
+from kvtwin.traces.readers.columns import WideTable, is_parquet, read_parquet, read_wide_csv
 from kvtwin.traces.readers.optable import OpTable, group_samples, op_table
 
 _US_PER_MS: Final = 1e3
@@ -59,10 +59,10 @@ def read(path: Path) -> OpTable:
     """Read one file.
 
     Raises:
-        InputError: not Parquet, a column missing, an operator unknown, two engines, GPUs or operators in one file;
+        InputError: neither Parquet nor CSV, a column missing, an operator unknown, two engines, GPUs or operators in one file;
             with row and column: a time that is not positive and finite, a size that is not a count.
     """
-    table = read_parquet(path)
+    table = read_parquet(path) if is_parquet(path) else read_wide_csv(path)
     facts = {name: _single(table, name) for name in ("framework", "device", "op_name")}
     versions = table.text("version")
     op = facts["op_name"]

@@ -20,6 +20,7 @@ READERS: Final[Mapping[str, Reader]] = {
 }
 # Columns that only one CSV format has; all of a set must be there.
 _HEADERS: Final = (
+    ("aiconfigurator", {"framework", "op_name", "kernel_source", "latency"}),
     ("splitwise", {"prompt_time", "token_time", "tensor_parallel"}),
     ("llmservingsim_v0", {"layer_name", llmservingsim_v0.TIME_COLUMN}),
     ("llmservingsim_tables", {"prefill_chunk", "n_decode", "time_us"}),
