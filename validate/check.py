@@ -25,11 +25,12 @@ from kvtwin.traces.readers.llmservingsim_profile import read_kernel_profile
 from kvtwin.traces.readers.text import provenance
 from kvtwin.traces.run import Run
 from kvtwin.traces.workload import with_prompts
+from kvtwin.validate.arrivals import sent_check
 from kvtwin.validate.attribution.attribute import attribute
 from kvtwin.validate.attribution.hybrids import Twin
 from kvtwin.validate.beginning import beginning
-from kvtwin.validate.e2e import compare_e2e
-from kvtwin.validate.gates import Gates
+from kvtwin.validate.e2e import compare_e2e, in_order_of
+from kvtwin.validate.gates import Gates, judge
 from kvtwin.validate.peers import compare_prediction
 from kvtwin.validate.result import Attribution, Check, Comparison, Peer, ScheduleFinding, TargetReport
 from kvtwin.validate.scheduler.compare import compare_schedulers
@@ -74,8 +75,7 @@ def check_target(target: Target, *, progress: Progress = lambda _: None) -> tupl
     checks: list[Check] = []
     comparisons: list[Comparison] = []
     for workload, runs in groups:
-        found = _judge_workload(target, profile, workload, runs, notes, progress)
-        for comparison, judged in found:
+        for comparison, judged in _judge_workload(target, profile, workload, runs, notes, progress):
             comparisons.append(comparison)
             checks += judged
     report = TargetReport(
@@ -180,14 +180,14 @@ def _judge_workload(
         predictions = _predictions(run, profile)
         comparison = Comparison(name, run, twin.run, workload.clock, predictions, names if len(names) > 1 else ())
         progress(f"judging {name}")
-        schedule = None
-        judged = compare_e2e(run, twin.run, name=name, clock=workload.clock, repeats=runs, gates=target.gates)
+        schedule, judged = None, []
         if predictions is not None:
-            metrics = floor.metrics if floor else None
-            steps = compare_steps(predictions, name=name, floor=metrics, gates=target.gates)
+            judged = compare_steps(predictions, name=name, floor=floor.metrics if floor else None, gates=target.gates)
             schedule, decisions = _compare_schedule(run, twin, name, target.gates)
-            notes.schedules.append(schedule)
-            judged = [*steps, *(check for check in decisions if _is_told(check, schedule)), *judged]
+            judged += decisions
+        judged += compare_e2e(run, twin.run, name=name, clock=workload.clock, repeats=runs, gates=target.gates)
+        judged += _compare_sending(run, sent, name, target.gates)
+        notes.schedules += [] if schedule is None else [schedule]
         progress(f"attributing {name}")
         notes.attributions += attribute(run, twin, name=name, clock=workload.clock, checks=judged, schedule=schedule)
         for peer, path in workload.peers.items():
@@ -197,13 +197,34 @@ def _judge_workload(
     return result
 
 
-def _compare_schedule(run: Run, twin: Twin, name: str, gates: Gates) -> tuple[ScheduleFinding, list[Check]]:
-    """The recorded scheduler beside the simulated one under its clock: of a long run, its beginning."""
+def _compare_sending(run: Run, sent: Run | None, name: str, gates: Gates) -> list[Check]:
+    """Whether requests were sent when the workload says so. Simulated is what the recording says."""
+    if sent is None:
+        return []
+    planned = in_order_of(run, sent, "the workload", may_hold_more=True)
+    found = sent_check(run, planned, "the workload", name=name)
+    return [] if found is None else [judge(found, gates)]
+
+
+def _compare_schedule(run: Run, twin: Twin, name: str, gates: Gates) -> tuple[ScheduleFinding | None, list[Check]]:
+    """The recorded scheduler beside the simulated one under its clock: of a long run, its beginning.
+
+    A log that the simulated scheduler cannot follow at all has no finding, and a check without a value: its gate fails.
+    """
     first, _ = beginning(run, _MAX_REPLAYED_STEPS)
     prompts = twin.workload.requests.column("block_hashes").slice(0, first.requests.num_rows)
     requests = first.requests.set_column(first.requests.schema.get_field_index("block_hashes"), "block_hashes", prompts)
     asked = Run(twin.workload.info, {"requests": requests, "steps": first.steps}, name=name)
-    finding, checks = compare_schedulers(first, replay_schedule(asked, twin.config), name=name, gates=gates)
+    try:
+        finding, checks = compare_schedulers(first, replay_schedule(asked, twin.config), name=name, gates=gates)
+    except InputError as error:
+        nan, num_steps = float("nan"), first.steps.num_rows
+        note = f"error: the recorded steps cannot be replayed: {error.problem}"
+        check = Check(
+            name, "scheduler", "identical_steps", "steps", float(num_steps), nan, nan, None, num_steps, note=note
+        )
+        return None, [judge(check, gates)]
+    checks = [check for check in checks if _is_told(check, finding)]
     if first is run:
         return finding, checks
     note = f"the first {first.steps.num_rows} of {run.steps.num_rows} steps"

@@ -19,7 +19,8 @@ from kvtwin.calibrate.stats import FloatArray, Interval, Load, Statistic
 from kvtwin.traces.errors import InputError
 from kvtwin.traces.run import Run
 from kvtwin.traces.time import NS_PER_MS, NS_PER_S
-from kvtwin.validate.gates import NO_GATES, STATISTICS, TIMES, Gates, judge
+from kvtwin.validate.arrivals import sent_check, way_check
+from kvtwin.validate.gates import EXACT, NO_GATES, STATISTICS, TIMES, Gates, judge
 from kvtwin.validate.result import Check
 from kvtwin.validate.throughput import lag_interval
 from kvtwin.validate.units import unit_note
@@ -102,53 +103,46 @@ def compare_e2e(
 
     Returns:
         Judged checks: mean, p50, p90, p99 and per-request MAPE of TTFT, TPOT and latency, throughput, and under the
-        queue's clock what the way to it adds to the client's TTFT (`arrival_check`). Requests
+        queue's clock what the way to it adds to the client's TTFT (`arrivals.way_check`). Where requests were sent at
+        other times, how many were not (`arrivals.sent_check`). Where requests generate other
+        numbers of tokens, `output_tokens` fails (its gate is 0 unless another is given), their latencies are left out,
+        and the throughput is that of each run's own tokens. Requests
         that the recording knows no time of are left out. Where the simulation lacks a time that was measured, the
         error is NaN, which fails a gate: leaving the request out would flatter a twin that never finishes it.
 
     Raises:
-        InputError: a request is in one run only, or does other work in the other run; see also `request_metrics`.
+        InputError: a request is in one run only, or has another prompt in the other run; see also `request_metrics`.
     """
-    order = _rows_of(measured, simulated, "the simulated run")
-    _refuse_other_work(measured, simulated, order)
-    again = [_Side.of(run, clock).take(_rows_of(measured, run, "a repeated recording")) for run in repeats]
-    pair = _Pair(_Side.of(measured, clock), _Side.of(simulated, clock).take(order), again, name)
+    simulated = in_order_of(measured, simulated, "the simulated run")
+    _refuse_other_prompts(measured, simulated)
+    again = [in_order_of(measured, run, "a repeated recording") for run in repeats]
+    sides = [_Side.of(run, clock) for run in (measured, simulated, *again)]
+    pair = _Pair(sides[0], sides[1], sides[2:], _finished(measured) & (sides[0].tokens != sides[1].tokens), name)
     checks = [check for time in TIMES for check in _time_checks(pair, time)]
     checks.append(_throughput_check(pair))
-    way = arrival_check(measured, in_order_of(measured, simulated), name=name) if clock == "queued_ns" else None
-    return [judge(check, gates) for check in (*checks, *([way] if way else []))]
+    way = way_check(measured, simulated, name=name, repeats=again) if clock == "queued_ns" else None
+    sent = sent_check(measured, simulated, "the simulated run", name=name)
+    more = [check for check in (way, sent, output_check(measured, simulated, name=name)) if check is not None]
+    return [judge(check, {"output_tokens": EXACT, **gates}) for check in (*checks, *more)]
 
 
-def arrival_check(measured: Run, simulated: Run, *, name: str) -> Check | None:
-    """Mean TTFT from the client's sending, were only the way to the engine's queue simulated.
-
-    What the queue's clock does not see: an arrival clock that is off, or a frontend that takes another time.
+def output_check(measured: Run, simulated: Run, *, name: str) -> Check | None:
+    """How many requests generate as many tokens as recorded; None where all that finished do.
 
     Args:
         measured, simulated: the same requests in the same order.
         name: the recorded run's name.
-
-    Returns:
-        The check, not judged; None where either run does not know both stamps of a request, or the simulation lets no
-        request take any time.
     """
-    arrival, queued = ("arrival_ns", "queued_ns")
-    ways = [
-        _floats(pc.subtract(run.requests.column(queued), run.requests.column(arrival))) for run in (measured, simulated)
-    ]
-    seen = _floats(pc.subtract(measured.requests.column("first_token_ns"), measured.requests.column(arrival)))
-    known = np.isfinite(seen) & np.isfinite(ways).all(axis=0)
-    if not known.any() or not ways[1][known].any():
+    recorded, others = (run.requests.column("output_tokens").to_numpy() for run in (measured, simulated))
+    finished = _finished(measured)
+    n, same = int(finished.sum()), int((recorded == others)[finished].sum())
+    if n == same:
         return None
-    seen, way, other = (values[known] / NS_PER_MS for values in (seen, *ways))
-    error = stats.ratio_of_sums(seen - way + other, seen)
-    found = _Finding.of(error, None, (float(seen.mean()), float((seen - way + other).mean())))
-    if not np.isfinite(found.error):
-        return None
-    return Check(
-        name, "e2e", "ttft_arrival", "ms", found.measured, found.simulated, found.error, found.interval, int(known.sum()),
-        note=f"only the way from arrival_ns to queued_ns is simulated; {found.how}",
-    )  # fmt: skip
+    note = (
+        f"{n - same} of {n} requests generate other numbers of tokens ({recorded[finished].sum():,} recorded, "
+        f"{others[finished].sum():,} simulated): replay the recorded lengths"
+    )
+    return Check(name, "e2e", "output_tokens", "requests", float(n), float(same), same / n - 1, None, n, note=note)
 
 
 @dataclass(frozen=True)
@@ -162,6 +156,7 @@ class _Side:
 
     @classmethod
     def of(cls, run: Run, clock: Clock) -> _Side:
+        """A run by itself."""
         metrics = request_metrics(run, clock)
         # From the first start on: floats hold such spans exactly, epoch nanoseconds they do not.
         origin = pc.min(run.requests.column(clock))
@@ -170,10 +165,6 @@ class _Side:
         )
         times = {time: metrics[f"{time}_ms"] for time in TIMES}
         return cls(times, start, finish, run.requests.column("output_tokens").to_numpy())
-
-    def take(self, rows: npt.NDArray[np.int64]) -> _Side:
-        times = {time: values[rows] for time, values in self.times.items()}
-        return _Side(times, self.start_ns[rows], self.finish_ns[rows], self.tokens[rows])
 
     def served(self) -> Rows:
         """Requests with a known start and finish."""
@@ -194,6 +185,7 @@ class _Pair:
     measured: _Side
     simulated: _Side
     repeats: Sequence[_Side]
+    other_length: Rows  # finished requests that generate another number of tokens in the simulation
     name: str
 
     def check(self, metric: str, unit: str, found: _Finding, n: int, notes: Sequence[str]) -> Check:
@@ -238,7 +230,11 @@ def _time_checks(pair: _Pair, time: str) -> list[Check]:
     if not possible.any():
         return []
     known = np.isfinite(measured)
-    n, notes = int(known.sum()), _gaps_in(known, possible, np.isfinite(simulated))
+    notes = _gaps_in(known, possible, np.isfinite(simulated))
+    if time == "latency" and pair.other_length.any():
+        known &= ~pair.other_length
+        notes.append(f"{pair.other_length.sum()} requests of another output length left out")
+    n = int(known.sum())
     findings = {name: _Finding(_summary(measured[known], name) if n else NAN) for name in STATISTICS}
     findings["mape"] = _Finding()
     if n and np.isfinite(simulated[known]).all():
@@ -293,16 +289,15 @@ def _load(side: _Side, time: str, known: Rows) -> Load:
 
 
 def _throughput_check(pair: _Pair) -> Check:
-    """Output tokens per second; both runs generate the same tokens, so the error is that of the span."""
+    """Output tokens per second; where both runs generate the same tokens, the error is that of the span."""
     known, simulated = pair.measured.served(), pair.simulated.served()
     n, notes = int(known.sum()), _gaps_in(known, np.ones(len(known), np.bool_), simulated)
     found = _Finding()
     if n and simulated[known].all():
         rows = np.flatnonzero(known)
         rows = rows[np.argsort(pair.measured.start_ns[rows], kind="stable")]
-        interval = lag_interval(
-            pair.measured.start_ns[rows], pair.measured.finish_ns[rows], pair.simulated.finish_ns[rows]
-        )
+        spans = (pair.measured.start_ns[rows], pair.measured.finish_ns[rows], pair.simulated.finish_ns[rows])
+        interval = None if pair.other_length.any() else lag_interval(*spans)
         values = (pair.measured.throughput(known), pair.simulated.throughput(known))
         floor = noise.rms_floor([side.throughput(side.served()) for side in pair.repeats])
         found = _Finding(*values, stats.relative_error(*values), interval, floor)
@@ -322,21 +317,11 @@ def _gaps_in(known: Rows, possible: Rows, simulated: Rows) -> list[str]:
     return notes
 
 
-def in_order_of(measured: Run, other: Run) -> Run:
+def in_order_of(measured: Run, other: Run, what: str = "the other run", *, may_hold_more: bool = False) -> Run:
     """The requests of another run in the order of the measured one's.
 
     Raises:
-        InputError: a request is in one of the two only.
-    """
-    rows = _rows_of(measured, other, "the other run")
-    return Run(other.info, {"requests": other.requests.take(rows)}, name=_place(other))
-
-
-def _rows_of(measured: Run, other: Run, what: str) -> npt.NDArray[np.int64]:
-    """Row of `other` of each request of `measured`.
-
-    Raises:
-        InputError: a request is in one of the two only.
+        InputError: a request is in one of the two only (`may_hold_more`: in the measured one only).
     """
     wanted, held = (run.requests.column("request_id").combine_chunks() for run in (measured, other))
     rows = pc.index_in(wanted, value_set=held)
@@ -345,33 +330,35 @@ def _rows_of(measured: Run, other: Run, what: str) -> npt.NDArray[np.int64]:
         row = pc.index(rows.is_null(), True).as_py()
         problem = f"{wanted[row].as_py()!r} is not among the requests of {what} ({_place(other)}); {should}"
         raise InputError(problem, path=measured.path, row=row, column="request_id")
-    if len(held) > len(wanted):
+    if len(held) > len(wanted) and not may_hold_more:
         row = pc.index(pc.is_in(held, value_set=wanted), False).as_py()
         problem = (
             f"{held[row].as_py()!r} of {what} is not among those of the measured run ({_place(measured)}); {should}"
         )
         raise InputError(problem, path=other.path, row=row, column="request_id")
-    return np.asarray(rows, dtype=np.int64)
+    return Run(other.info, {"requests": other.requests.take(rows)}, name=_place(other))
 
 
 def _place(run: Run) -> str:
     return "in memory" if run.path is None else str(run.path)
 
 
-def _refuse_other_work(measured: Run, simulated: Run, order: npt.NDArray[np.int64]) -> None:
-    """Refuse runs in which a request that finished has other lengths: their times measure different things."""
-    ends = [measured.requests.column(name).is_valid().to_numpy() for name in ("finish_ns", "client_finish_ns")]
-    finished = np.logical_or(*ends)
-    for column in ("input_tokens", "output_tokens"):
-        one, two = measured.requests.column(column).to_numpy(), simulated.requests.column(column).to_numpy()[order]
-        differs = np.flatnonzero(finished & (one != two))
-        if differs.size:
-            row = int(differs[0])
-            name = measured.requests.column("request_id")[row].as_py()
-            problem = (
-                f"{name!r} has {one[row]} in the measured run and {two[row]} in the simulated run; replay its lengths"
-            )
-            raise InputError(problem, path=measured.path, row=row, column=column)
+def _finished(run: Run) -> Rows:
+    """Requests that the engine or the client saw end."""
+    ends = [run.requests.column(name).is_valid().to_numpy() for name in ("finish_ns", "client_finish_ns")]
+    found: Rows = np.logical_or(*ends)
+    return found
+
+
+def _refuse_other_prompts(measured: Run, simulated: Run) -> None:
+    """Refuse runs in which a request that finished has another prompt: their times measure different things."""
+    one, two = (run.requests.column("input_tokens").to_numpy() for run in (measured, simulated))
+    differs = np.flatnonzero(_finished(measured) & (one != two))
+    if differs.size:
+        row = int(differs[0])
+        name = measured.requests.column("request_id")[row].as_py()
+        problem = f"{name!r} has {one[row]} in the measured run and {two[row]} in the simulated run; replay its prompts"
+        raise InputError(problem, path=measured.path, row=row, column="input_tokens")
 
 
 def _floats(column: pa.ChunkedArray) -> FloatArray:
@@ -390,6 +377,10 @@ def _elapsed_ms(run: Run, start: str, end: str) -> FloatArray:
     elapsed = pc.subtract(table.column(end), table.column(start))
     row = pc.index(pc.less(elapsed, 0), True).as_py()
     if row >= 0:
-        problem = f"{table.column(end)[row].as_py()} is before {start} ({table.column(start)[row].as_py()})"
+        num_early = pc.sum(pc.less(elapsed, 0)).as_py()
+        problem = (
+            f"{table.column(end)[row].as_py()} is before {start} ({table.column(start)[row].as_py()}), as in {num_early} of "
+            f"{table.num_rows} requests: is one of the two of another clock, or in another unit?"
+        )
         raise InputError(problem, path=run.path, row=row, column=end)
     return _floats(elapsed) / NS_PER_MS

@@ -61,6 +61,8 @@ MAX_FACTOR: Final = 100.0
 METRICS: Final = (
     *(name for time in TIMES for name in (*FAMILIES[time], f"{time}_mape")),
     "throughput",
+    "output_tokens",
+    "identical_arrivals",
     "step_mape",
     *FAMILIES["step_mape"],
     "step_bias",
@@ -98,6 +100,8 @@ class Gate:
 Gates = Mapping[str, Gate]
 
 NO_GATES: Final[Gates] = {}
+
+EXACT: Final = Gate(0.0)  # of what is right or wrong, without noise
 
 
 def parse_gates(table: Mapping[str, Any], path: str | PathLike[str] | None = None) -> dict[str, Gate]:

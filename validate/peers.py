@@ -42,7 +42,7 @@ def compare_prediction(
 def match_requests(measured: Run, predicted: Run) -> Run:
     """Name the requests of a peer that only numbers them: number k is the k-th recorded request by arrival.
 
-    `compare_e2e` then refuses requests of other lengths, so a shifted match does not go unnoticed.
+    `compare_e2e` then refuses other prompts and fails other output lengths, so a shifted match does not go unnoticed.
 
     Raises:
         InputError: the runs differ in their number of requests.

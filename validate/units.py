@@ -19,8 +19,14 @@ _FACTORS: Final = {
 _TOLERANCE: Final = 0.25  # a model may be off by a quarter on top of its unit
 
 
-def unit_note(measured: FloatArray, simulated: FloatArray) -> str | None:
+def unit_note(
+    measured: FloatArray, simulated: FloatArray, *, whose: str = "simulated is", beside: str = "the measured"
+) -> str | None:
     """A word of warning where simulated times are about a unit's factor larger or smaller; else None.
+
+    Args:
+        measured, simulated: shape (n,), in the same unit, as it is said.
+        whose, beside: what the two are, in words.
 
     >>> unit_note(np.array([1.0, 2.0]), np.array([1010.0, 1950.0]))
     'simulated is about 1000x the measured: units taken for others (neighbours, as us and ms)?'
@@ -32,5 +38,5 @@ def unit_note(measured: FloatArray, simulated: FloatArray) -> str | None:
     for factor, units in _FACTORS.items():
         for name, expected in ((f"{factor:.0f}x", factor), (f"1/{factor:.0f} of", 1 / factor)):
             if abs(math.log(ratio / expected)) < math.log1p(_TOLERANCE):
-                return f"simulated is about {name} the measured: units taken for others ({units})?"
+                return f"{whose} about {name} {beside}: units taken for others ({units})?"
     return None

@@ -11,6 +11,7 @@ from kvtwin.calibrate.stats import FloatArray
 from kvtwin.sim.latency.base import LatencyModel
 from kvtwin.sim.latency.stats import BatchStats, IntArray, durations_ns
 from kvtwin.traces.run import Run
+from kvtwin.validate.units import unit_note
 
 _MIN_REQUESTS: Final = 5
 _AT_ONCE: Final = 0.1  # of a step: a request that waits no longer was taken as soon as it came
@@ -92,6 +93,19 @@ def steps_and_requests(run: Run) -> str | None:
     if len(lag) and early.mean() > _FEW:
         words.append(f"{early.sum()} of {len(lag)} requests finish before the step that computes their last token ends")
     return f"steps and requests of the recording contradict one another: {', '.join(words)}" if words else None
+
+
+def unit_of_requests(run: Run) -> str | None:
+    """A word on a run whose requests take a unit's factor more or less than the steps that served them; else None."""
+    if not run.has("steps"):
+        return None
+    steps, requests = run.steps, run.requests
+    row, start_ns = _members(run, steps.column("start_ns").to_numpy())
+    first_ns = np.full(requests.num_rows, np.nan)
+    first_ns[row[::-1]] = start_ns[::-1]  # the earliest, since later assignments win
+    served = _last_ns(run, steps.column("end_ns").to_numpy()) - first_ns
+    said = _floats(requests.column("finish_ns")) - _floats(requests.column("scheduled_ns"))
+    return unit_note(served, said, whose="requests' times are", beside="those of the steps that served them")
 
 
 def steps_and_profile(run: Run, latency: LatencyModel) -> str | None:

@@ -12,39 +12,44 @@ from typing import Final
 
 import numpy as np
 
-from kvtwin.calibrate import stats
 from kvtwin.calibrate.stats import Interval
-from kvtwin.sim.latency.stats import durations_ns
 from kvtwin.sim.vllm.config import VllmConfig
 from kvtwin.traces.run import Run
+from kvtwin.validate.arrivals import way_check, way_difference
 from kvtwin.validate.attribution.hybrids import CACHE_AND_SCHEDULE, OUTPUT, Twin
-from kvtwin.validate.e2e import arrival_check
+from kvtwin.validate.e2e import output_check
 from kvtwin.validate.result import Attribution, Check, Part, ScheduleFinding
 
 DECIDED: Final = ("cache", "schedule", CACHE_AND_SCHEDULE, OUTPUT)  # layers that are right or wrong, without noise
+ARRIVAL: Final = "arrival"
+_LATE: Final = 0.05  # of the requests: so many a client may send late that has to wait for something
 _SURE: Final = 2.58  # standard errors: 1 % by chance
 _LONGER: Final = _SURE / 1.96  # what a 99 % interval is longer than a 95 % one
-_ALIKE: Final = 0.75  # of a shift: what the middle half of its values spans at most; if uniform from 0, it spans 1
 _FEW_HITS: Final = 0.005  # hits may move a little with the moment of an admission
 _FOLLOWS: Final = 0.1  # of the differing steps: what is left of them with recorded hits, where hits were the cause
 
 
 def arrival(measured: Run, twin: Twin, shift_ns: int, checks: Sequence[Check], name: str) -> list[Attribution]:
-    """TTFT as the client sees it, were only the way to the queue simulated.
+    """The way to the queue by what it adds to the client's TTFT; and who was sent at other times than was planned.
 
     Args:
         measured: the recording, its queue's clock put right.
         twin: what predicts it.
         shift_ns: by how much the queue's clock of either is wrong (`clocks.queue_shift`).
-        checks: of the steps: slower ones let requests wait longer for the loop.
+        checks: of the steps (slower ones let requests wait longer for the loop), and of the times of sending.
         name: the recording's.
     """
-    check = arrival_check(measured, twin.run, name=name)
-    slower = 1 + max((check.error for check in checks if check.metric == "step_bias"), default=0.0)
-    differs = shift_ns or _arrives_differently(measured, twin, max(slower, 1.0))
+    rows = [
+        _alone(check, ARRIVAL, ARRIVAL if -check.error > _LATE else None)
+        for check in checks
+        if check.metric == "identical_arrivals"
+    ]
+    check = way_check(measured, twin.run, name=name)
     if check is None or not np.isfinite(check.error):
-        return []
-    return [_alone(check, "arrival", "arrival" if differs else None)]
+        return rows
+    slower = 1 + max((check.error for check in checks if check.metric == "step_bias"), default=0.0)
+    difference = way_difference(measured, twin.run, slower=max(slower, 1.0))
+    return [_alone(check, ARRIVAL, ARRIVAL if shift_ns or difference else None, difference or ""), *rows]
 
 
 def step_times(checks: Sequence[Check], note: str) -> list[Attribution]:
@@ -94,13 +99,9 @@ def decisions(
 
 
 def output_lengths(measured: Run, twin: Twin, name: str) -> list[Attribution]:
-    """Output tokens; none where all are as recorded."""
-    recorded, simulated = (run.requests.column("output_tokens").to_numpy() for run in (measured, twin.run))
-    if np.array_equal(recorded, simulated):
-        return []
-    total = float(recorded.sum())
-    error = float(simulated.sum()) / total - 1
-    return [_row(name, "output_tokens", "tokens", total, error, OUTPUT, OUTPUT)]
+    """Requests that generate as many tokens as recorded; none where all do."""
+    check = output_check(measured, twin.run, name=name)
+    return [] if check is None else [_alone(check, OUTPUT, OUTPUT)]
 
 
 def is_doubtful(check: Check) -> bool:
@@ -135,27 +136,6 @@ def _row(
     run: str, metric: str, unit: str, measured: float, error: float, layer: str, blamed: str | None
 ) -> Attribution:
     return Attribution(run, metric, unit, measured, measured * (1 + error), (Part(layer, error),), blamed)
-
-
-def _arrives_differently(measured: Run, twin: Twin, slower: float) -> bool:
-    """Whether the way to the queue differs by about the same for all, by more than chance and the engine's loop can hide.
-
-    A loop that takes requests at other turns, or a busy frontend, delays each by another time.
-    """
-    delays = []
-    for run in (measured, twin.run):
-        sent, queued = (run.requests.column(name) for name in ("arrival_ns", "queued_ns"))
-        if queued.null_count or sent.null_count:
-            return False
-        delays.append((queued.to_numpy() - sent.to_numpy()).astype(np.float64))
-    difference = delays[1] - delays[0]
-    if len(difference) < 2 or not difference.any():
-        return False
-    error = stats.standard_error(difference)
-    turn = slower * float(np.median(durations_ns(measured.steps))) / 2 if measured.has("steps") else 0.0
-    low, middle, high = np.quantile(difference, [0.25, 0.5, 0.75])
-    least = min(abs(difference.mean()), abs(middle))
-    return bool(least > max(_SURE * error, turn) and high - low < _ALIKE * abs(middle))
 
 
 def _hits(measured: Run, replayed: Run) -> tuple[float, float, bool] | None:
