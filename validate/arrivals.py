@@ -18,6 +18,8 @@ from kvtwin.traces.time import NS_PER_MS
 from kvtwin.validate.result import Check
 from kvtwin.validate.units import unit_note
 
+Rows = npt.NDArray[np.bool_]
+
 _SURE: Final = 2.58  # standard errors: 1 % by chance
 _ALIKE: Final = 0.75  # of a shift: what the middle half of its values spans at most; if uniform from 0, it spans 1
 _GAP: Final = 0.5  # of the distance of two groups' middles: what lies empty between them
@@ -83,20 +85,40 @@ def way_difference(measured: Run, simulated: Run, *, slower: float = 1.0) -> str
 
 
 def _of_some(difference: FloatArray, turn_ns: float) -> str | None:
-    """The same where two groups of requests differ in it."""
-    groups = two_groups(difference)
-    if groups is None:
-        return None
-    middles = [float(np.median(difference[rows])) for rows in (groups, ~groups)]
-    apart = middles[0] - middles[1]
-    if abs(apart) <= turn_ns:
-        return None
-    odd = groups if abs(middles[0]) >= abs(middles[1]) else ~groups
-    apart = apart if odd is groups else -apart
-    return f"the way from arrival_ns to queued_ns takes {odd.sum()} of {len(odd)} requests {_longer(apart)} than the others"
+    """The same where some requests differ in it from the others: two groups, or a stretch of time."""
+    for some in (two_groups(difference), _stretch(difference)):
+        if some is None:
+            continue
+        middles = [float(np.median(difference[rows])) for rows in (some, ~some)]
+        if abs(middles[0]) < abs(middles[1]):
+            some, middles = ~some, middles[::-1]
+        apart = middles[0] - middles[1]
+        if abs(apart) > turn_ns:
+            return (
+                f"the way from arrival_ns to queued_ns takes {some.sum()} of {len(some)} requests {_longer(apart)} "
+                "than the others"
+            )
+    return None
 
 
-def two_groups(values: FloatArray) -> npt.NDArray[np.bool_] | None:
+def _stretch(values: FloatArray) -> Rows | None:
+    """Where rows one after another differ from those before and after them by more than each of the two varies.
+
+    The stretch lies between the ends of the cumulated sum of deviations (Levin and Kline 1985).
+    """
+    path = np.cumsum(values - values.mean())
+    first, last = sorted((int(np.argmin(path)), int(np.argmax(path))))
+    inside = np.zeros(len(values), np.bool_)
+    inside[first + 1 : last + 1] = True
+    parts = values[inside], values[~inside]
+    if min(map(len, parts)) < max(_MIN_REQUESTS, _FEWEST * len(values)):
+        return None
+    apart = abs(float(np.median(parts[0]) - np.median(parts[1])))
+    spreads = [float(np.subtract(*np.quantile(part, [0.75, 0.25]))) for part in parts]
+    return inside if max(spreads) < _ALIKE * apart else None
+
+
+def two_groups(values: FloatArray) -> Rows | None:
     """Which values are in the lower of two groups with nothing between; None where there is one group only.
 
     Args:
@@ -115,7 +137,7 @@ def two_groups(values: FloatArray) -> npt.NDArray[np.bool_] | None:
     gaps = np.diff(ordered)[fewest - 1 : len(values) - fewest]
     cut = fewest + int(np.argmax(gaps))
     gap, apart = float(gaps.max()), float(np.median(ordered[cut:]) - np.median(ordered[:cut]))
-    lower: npt.NDArray[np.bool_] = values < ordered[cut]
+    lower: Rows = values < ordered[cut]
     return lower if gap > _GAP * apart else None
 
 
