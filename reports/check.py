@@ -161,6 +161,7 @@ def _run_target(target: Target, path: Path, folder: Path, history: Sequence[Stor
     from kvtwin.reports.aggregate.build import aggregate
     from kvtwin.reports.markdown import render_markdown
     from kvtwin.reports.pages.target import render_target
+    from kvtwin.reports.words import describe_no_drift
     from kvtwin.traces.files import write_text
     from kvtwin.validate import checks_json
     from kvtwin.validate.baseline import find_drifts
@@ -170,11 +171,10 @@ def _run_target(target: Target, path: Path, folder: Path, history: Sequence[Stor
     report, profile = check_target(target, progress=progress)
     command = shlex.join(["kvtwin", "check", str(path), "-o", "OUT"])
     report = replace(report, provenance={**report.provenance, "command": command}, created=checks_json.now())
-    if history:
-        report = replace(report, drifts=find_drifts(report.checks, history, target.gates))
-    elif history is not None:
-        remarks = [*report.provenance["remarks"], "the baseline holds no report of this target: no drift judged"]
-        report = replace(report, provenance={**report.provenance, "remarks": remarks})
+    if history is not None:
+        drifts = find_drifts(report.checks, history, target.gates) if history else ()
+        remarks = [*report.provenance["remarks"], *([] if drifts else [describe_no_drift(history)])]
+        report = replace(report, drifts=drifts, provenance={**report.provenance, "remarks": remarks})
     progress("writing the report")
     checks = checks_json.write(report, folder / checks_json.CHECKS_FILE)
     figures = document.write(aggregate(report), folder / FIGURES_FILE)

@@ -6,8 +6,9 @@ import html
 import re
 from collections.abc import Sequence
 
+from kvtwin.reports.causes import causes
 from kvtwin.reports.peers import PeerTable, peer_tables
-from kvtwin.reports.words import causes, cells, describe_drift, noise_floor_sentence, summary, title, verdict_word
+from kvtwin.reports.words import cells, describe_drift, noise_floor_sentence, remarks, summary, title, verdict_word
 from kvtwin.validate.result import Check, Drift, TargetReport
 
 _HEADINGS = ("run", "level", "metric", "measured", "simulated", "error", "95 % interval", "noise floor", "gate")
@@ -30,7 +31,7 @@ def render_markdown(report: TargetReport) -> str:
     if report.drifts:
         lines += ["**Since the accepted report**", "", *(_drift_line(drift) for drift in report.drifts), ""]
     floors = dict.fromkeys(noise_floor_sentence(comparison.repeats) for comparison in report.comparisons)
-    lines += [f"- {escape(text)}" for text in floors if text]
+    lines += [f"- {escape(text)}" for text in (*floors, *remarks(report)) if text]
     return "\n".join([*lines, *_notes(report.checks)]).rstrip("\n") + "\n"
 
 

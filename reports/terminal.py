@@ -8,8 +8,9 @@ import sys
 from collections.abc import Sequence
 from typing import TextIO
 
+from kvtwin.reports.causes import causes
 from kvtwin.reports.peers import PeerTable, peer_tables
-from kvtwin.reports.words import Cells, causes, cells, describe_drift, summary, title, verdict_word
+from kvtwin.reports.words import Cells, cells, describe_drift, remarks, summary, title, verdict_word
 from kvtwin.validate.result import TargetReport
 
 # Column heading, field of Cells, and how soon it may be left out when the terminal is narrow (0: never).
@@ -55,6 +56,7 @@ def render_terminal(report: TargetReport, *, width: int = 120, colour: bool = Fa
             _plain(f"  {drift.metric} of {drift.run}: {drift.verdict}: {describe_drift(drift)}")
             for drift in report.drifts
         ]
+    lines += ["", *(_plain(f"note: {text}") for text in told)] if (told := remarks(report)) else []
     lines += [f"(left out to fit {width} columns: {', '.join(left_out)})"] if left_out else []
     return "\n".join(lines) + "\n"
 

@@ -12,6 +12,7 @@ from typing import Literal
 
 from kvtwin.reports.numbers import MISSING, count, number, percent, percent_interval
 from kvtwin.validate.checks_json import StoredReport
+from kvtwin.validate.notes import loud_words
 from kvtwin.validate.result import Check, Drift, TargetReport
 
 AnyReport = TargetReport | StoredReport
@@ -124,17 +125,22 @@ def describe_drift(drift: Drift) -> str:
     return ", ".join(parts)
 
 
-def causes(report: TargetReport) -> list[str]:
-    """Which layer causes the errors of the means, a line per run and layer; none where nobody is to blame."""
-    found: dict[tuple[str, str], list[str]] = {}
-    for attribution in report.attributions:
-        alone = len(attribution.parts) == 1  # a layer's own measure
-        if attribution.blamed is not None and (alone or attribution.metric.endswith("_mean")):
-            error = attribution.simulated / attribution.measured - 1 if attribution.measured else math.nan
-            changes = {part.layer: part.change for part in attribution.parts}  # wrong units are no part
-            text = f"{attribution.metric} {percent(changes.get(attribution.blamed, error), signed=True)}"
-            found.setdefault((attribution.run, attribution.blamed), []).append(text)
-    return [f"{run}: {layer} ({', '.join(texts)})" for (run, layer), texts in found.items()]
+def describe_no_drift(history: Sequence[StoredReport]) -> str:
+    """Why a check with a baseline lists no drift.
+
+    Args:
+        history: the baseline's reports of the target, oldest first.
+    """
+    if not history:
+        return "the baseline holds no report of this target: no drift judged"
+    of = f" of {history[0].created}" if history[0].created else ""
+    return f"nothing drifted since the accepted report{of}: no error changed by more than half a point or its gate's max_drift"
+
+
+def remarks(report: AnyReport) -> list[str]:
+    """What nobody must miss: how the report came about, and what the notes of checks warn of."""
+    told = report.provenance.get("remarks", [])
+    return [*told, *dict.fromkeys(f"{check.run}: {word}" for check in report.checks for word in loud_words(check.note))]
 
 
 def _share_of_gate(check: Check) -> float:

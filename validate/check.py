@@ -30,7 +30,7 @@ from kvtwin.validate.attribution.attribute import attribute
 from kvtwin.validate.attribution.hybrids import Twin
 from kvtwin.validate.beginning import beginning
 from kvtwin.validate.e2e import compare_e2e, in_order_of
-from kvtwin.validate.gates import Gates, judge
+from kvtwin.validate.gates import DEFAULT_GATES, Gates, judge
 from kvtwin.validate.peers import compare_prediction
 from kvtwin.validate.result import Attribution, Check, Comparison, Peer, ScheduleFinding, TargetReport
 from kvtwin.validate.scheduler.compare import compare_schedulers
@@ -72,6 +72,8 @@ def check_target(target: Target, *, progress: Progress = lambda _: None) -> tupl
     progress("calibrating")
     profile = _profile(target, first, groups[0][1][0])
     notes = _Notes()
+    if target.gates is DEFAULT_GATES:
+        notes.remarks.append("target.toml has no [gates] table: kvtwin's default gates judge it")
     checks: list[Check] = []
     comparisons: list[Comparison] = []
     for workload, runs in groups:

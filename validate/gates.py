@@ -103,6 +103,18 @@ NO_GATES: Final[Gates] = {}
 
 EXACT: Final = Gate(0.0)  # of what is right or wrong, without noise
 
+# Of a target without a [gates] table: decisions exact, times about as good as the best published simulators', and
+# never tighter than what repeats differ. Tails have none: few requests decide them.
+DEFAULT_GATES: Final[Gates] = {
+    "identical_steps": EXACT,
+    "step_bias": Gate(0.05, floor_factor=1.5),
+    **{f"ttft_{statistic}": Gate(0.1, floor_factor=1.5) for statistic in ("mean", "p50", "arrival")},
+    **{f"tpot_{statistic}": Gate(0.05, floor_factor=1.5) for statistic in ("mean", "p50")},
+    **{f"latency_{statistic}": Gate(0.05, floor_factor=1.5) for statistic in ("mean", "p50")},
+    "throughput": Gate(0.05, floor_factor=1.5),
+    "hit_rate": Gate(0.01),
+}
+
 
 def parse_gates(table: Mapping[str, Any], path: str | PathLike[str] | None = None) -> dict[str, Gate]:
     """Read a `[gates]` table.

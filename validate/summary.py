@@ -91,5 +91,5 @@ def _note(measured: Run, summary: Summary) -> str:
     note = NO_PAIRS
     num_requests = measured.requests.num_rows
     if summary.num_requests not in (None, num_requests):
-        note += f"; of {summary.num_requests} requests, where the recording has {num_requests}"
+        note += f" (of {summary.num_requests} requests, where the recording has {num_requests})"
     return note

@@ -15,7 +15,7 @@ from typing import Any, Final, Literal
 from kvtwin.calibrate.models import ModelSpec, custom_model, model_spec
 from kvtwin.sim.vllm.config import read_settings
 from kvtwin.traces.errors import InputError
-from kvtwin.validate.gates import Gate, parse_gates
+from kvtwin.validate.gates import DEFAULT_GATES, Gate, parse_gates
 
 TARGET_FILE: Final = "target.toml"
 _TEXTS: Final = ("name", "hardware", "description")
@@ -63,7 +63,7 @@ class Target:
         tensor_parallel_size: None: the engine's.
         engine: settings that hold for every workload; they win over what a recording says of itself.
         workloads: at least one.
-        gates: by metric or family.
+        gates: by metric or family; `DEFAULT_GATES` where the file has no [gates] table.
     """
 
     path: Path
@@ -121,7 +121,7 @@ class _Reader:
             tensor_parallel_size=self.count(table, "tensor_parallel_size"),
             engine=self.engine(table.get("engine", {}), "engine"),
             workloads=self.workloads(table),
-            gates=parse_gates(table.get("gates", {}), self.file),
+            gates=parse_gates(table["gates"], self.file) if "gates" in table else DEFAULT_GATES,
         )
 
     def model(self, value: Any) -> ModelSpec:

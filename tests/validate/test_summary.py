@@ -123,7 +123,7 @@ def test_side_by_side_leaves_out_what_a_summary_does_not_say(
     lines = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
     assert lines["latency_mean"] == ["190.000", "190.000", "+0.00%", "200.000", "+5.26%"]
     assert len(lines["ttft_mean"]) == 3
-    assert lines["note:"] == f"(2) {NO_PAIRS}; of 4 requests, where the recording has 5".split()
+    assert lines["note:"] == f"(2) {NO_PAIRS} (of 4 requests, where the recording has 5)".split()
     assert main(["validate", "e2e", str(folder), str(path), "--clock", "arrival"]) == 0
     assert f"note: {NO_PAIRS}" in capsys.readouterr().out
     assert main(["trace", "info", str(path)]) == 0

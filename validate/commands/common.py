@@ -20,7 +20,7 @@ def add_judging(parser: argparse.ArgumentParser) -> None:
         "--gates",
         type=Path,
         metavar="FILE",
-        help="TOML with a [gates] table, such as a target.toml: exit 1 if one fails",
+        help="TOML with a [gates] table, such as a target.toml, or 'default' for kvtwin's own: exit 1 if one fails",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
@@ -50,10 +50,12 @@ def read_gates(args: argparse.Namespace) -> Gates:
     """
     from kvtwin.sim.vllm.config import read_settings
     from kvtwin.traces.errors import InputError
-    from kvtwin.validate.gates import NO_GATES, parse_gates
+    from kvtwin.validate.gates import DEFAULT_GATES, NO_GATES, parse_gates
 
     if args.gates is None:
         return NO_GATES
+    if str(args.gates) == "default" and not args.gates.exists():
+        return DEFAULT_GATES
     table = read_settings(args.gates).get("gates")
     if table is None:
         raise InputError("no [gates] table in it", path=args.gates)
@@ -83,13 +85,15 @@ def print_checks(checks: Sequence[Check]) -> None:
         print(f"{check.metric:20} {values} {check.error:+9.2%} {interval:>20} {floor:>12}{verdict}")
     for note in notes(checks):
         print(f"note: {note}")
+    if all(check.threshold is None for check in checks):
+        print("no gate was asked: --gates FILE, or --gates default, judges the errors")
 
 
 def notes(checks: Sequence[Check]) -> list[str]:
-    """What nobody must miss: suspect units, and aggregates in place of requests."""
-    from kvtwin.validate.summary import NO_PAIRS
+    """What nobody must miss: suspect units, other requests, aggregates in place of requests."""
+    from kvtwin.validate.notes import loud_words
 
-    return list(dict.fromkeys(check.note for check in checks if "units" in check.note or NO_PAIRS in check.note))
+    return list(dict.fromkeys(word for check in checks for word in loud_words(check.note)))
 
 
 def number(value: float) -> str:
