@@ -2,7 +2,8 @@
 
 From simple to rich: `Trend` (physics alone: a handful of prices), `Linear` (the table alone), `Corrected` and `Hybrid`
 (physics plus the table's rests, or times its ratios), `Smooth` (the same, with ratios refined by a monotone cubic);
-`Pooled` and `Surfaced` put between physics and table what models of other heads, or other sizes of the same work, show.
+`Pooled`, `Surfaced` and `Forested` put between physics and table what models of other heads, or other sizes of the same
+work, show.
 Only numbers leave this file.
 """
 
@@ -18,11 +19,13 @@ import numpy as np
 
 from kvtwin.calibrate.steps.regression import NotFittedError
 from kvtwin.calibrate.tables.fill import fill_bank, refined
+from kvtwin.calibrate.tables.forest import fit_forest
 from kvtwin.calibrate.tables.surface import fit_surface
 from kvtwin.sim.latency.bank import ShapeBank
+from kvtwin.sim.latency.coordinates import COORDINATES
 from kvtwin.sim.latency.grid import FloatArray
 from kvtwin.sim.latency.operators import OperatorModel
-from kvtwin.sim.latency.surface import COORDINATES
+from kvtwin.sim.latency.surface import PAIRS
 from kvtwin.sim.latency.work import TILES, WAVES, Columns, pooled, terms
 from kvtwin.traces.readers.optable import OpSamples
 
@@ -37,6 +40,8 @@ _CALM_SHARE: Final = 0.5  # 0.3 to 0.7: within 0.5 percentage points on three ta
 _CELLS_PER_ROW: Final = 60  # a table of more cells is no grid (skewed decodes, six axes: 40)
 # Loads that kernels take in tiles of rows, and the tiles worth trying.
 _TILED: Final = ("m", "num_tokens", "chunk", "prefill_tokens")
+FORESTS: Final = ("gemm",)  # works whose kernels a library chooses by size: nothing is smooth
+_CHOSEN_TILES: Final = (64.0,)  # ratios on forests: trees know of larger tiles, 16 is as good
 STAIRCASES: Final = ((), (16.0,), (64.0,), (128.0,), (64.0, 128.0))
 
 
@@ -149,6 +154,27 @@ class Surfaced(_Fitted):
         return self
 
 
+class Forested(_Fitted):
+    """Physics times a factor that trees have learnt in physical coordinates (`sim/latency/forest.py`).
+
+    Args:
+        base: the trend, fitted to the same samples.
+    """
+
+    name = "forest"
+
+    def __init__(self, base: Trend) -> None:
+        self.base = base
+
+    def fit(self, samples: OpSamples) -> Self:
+        """See `Candidate`."""
+        base = self.base.to_model()
+        coordinates = COORDINATES[samples.work](_all_columns(samples), base.slots)
+        forest = fit_forest(coordinates, samples.time_us / base.time_us(samples.columns))
+        self.model_ = replace(base, forest=forest)
+        return self
+
+
 class Pooled(_Fitted):
     """Attention of all heads together: what a base misses, by group, thread blocks and length (`work.pooled`).
 
@@ -188,7 +214,7 @@ class _OnBase(_Fitted, ABC):
     def __init__(
         self,
         slots: Sequence[float] | None = None,
-        base: Trend | Surfaced | Pooled | None = None,
+        base: Trend | Surfaced | Forested | Pooled | None = None,
         tiles: Sequence[float] = (),
     ) -> None:
         self.slots, self.base, self.tiles = slots, base, tuple(tiles)
@@ -221,12 +247,13 @@ class Corrected(_OnBase):
 
 
 class Hybrid(_OnBase):
-    """Physics times the table's ratios, linear in octaves of the loads."""
+    """Physics times the table's ratios, linear in octaves of the loads (or on a staircase)."""
 
     kind = "hybrid"
 
     def _bank(self, samples: OpSamples, base_us: FloatArray) -> ShapeBank:
-        return fill_bank(samples.shape, samples.load, samples.time_us / base_us, octaves=True)
+        steps = _steps(samples, self.tiles)
+        return fill_bank(samples.shape, samples.load, samples.time_us / base_us, octaves=True, steps=steps)
 
 
 class Smooth(Hybrid):
@@ -249,11 +276,11 @@ class Calm(Hybrid):
 
     def _bank(self, samples: OpSamples, base_us: FloatArray) -> ShapeBank:
         bank = super()._bank(samples, base_us)
-        (axis,) = bank.axes  # loads of several axes are calmed by their other axes already
+        # Of one load axis: several are calmed by one another already.
         ends = np.concatenate([bank.values[:, :1], bank.values, bank.values[:, -1:]], axis=1)
         median = np.median(np.stack([ends[:, :-2], ends[:, 1:-1], ends[:, 2:]]), axis=0)
         values = 1.0 + _CALM_SHARE * (median - 1.0)
-        return ShapeBank(bank.shape_names, bank.shapes, {axis: bank.axes[axis]}, values, octaves=True)
+        return ShapeBank(bank.shape_names, bank.shapes, bank.axes, values, octaves=True, steps=bank.steps)
 
 
 def fit_all(samples: OpSamples, slots: Sequence[float] | None) -> list[Candidate]:
@@ -278,7 +305,14 @@ def _on_richer_bases(samples: OpSamples, slots: Sequence[float] | None, base: Tr
     several_heads = "num_key_value_heads" in samples.shape
     if several_heads:
         bases.append(Pooled(base).fit(samples))
-    if samples.work in COORDINATES:
+    if samples.work in FORESTS:
+        forest = Forested(base).fit(samples)
+        return [
+            forest,
+            Calm(slots, forest, _CHOSEN_TILES).fit(samples),
+            Hybrid(slots, forest, _CHOSEN_TILES).fit(samples),
+        ]
+    if samples.work in PAIRS:
         surface = Surfaced(base).fit(samples)
         found.append(surface)
         bases += [surface, Pooled(surface).fit(samples)] if several_heads else [surface]

@@ -1,4 +1,5 @@
-"""Grids of one operator, one per model shape, on common axes: interpolation along loads, never across shapes.
+"""Grids of one operator, one per model shape, on common axes: interpolation along loads, and between shapes where a
+batch has one that was not measured.
 
     time = trend(columns) * ratio(shape, load)        "hybrid": the table corrects the physics
     time = trend(columns) + rest(shape, load)         "corrected": the physics bends the table between its points
@@ -6,7 +7,8 @@
 
 Ratios are linear in octaves of the load: octave(x) is the exact, piecewise-linear cousin of log2 (equal at powers of
 two), so the numbers are the same on every machine. Beyond the axes' ends a ratio is held, and the trend goes on.
-Rests and values are linear in the load itself and go on in a straight line.
+Rests and values are linear in the load itself and go on in a straight line. Between shapes it is the same: ratios in
+octaves, rests and values in the sizes themselves.
 """
 
 from __future__ import annotations
@@ -80,12 +82,25 @@ class ShapeBank:
             raise ValueError("every axis must be strictly increasing and not empty")
         self._places = {name: self.place(name, axis) for name, axis in self.axes.items()}
         self._log_shapes = octave(self.shapes)
+        self._shape_places = self._log_shapes if octaves else self.shapes
         self._shape_rows = self._index_shapes()
 
     def __call__(self, columns: Columns) -> FloatArray:
         """Values of n batches: float64 of shape (n,)."""
-        n = len(next(iter(columns.values())))
-        flat = self._shape_index(columns, n)
+        row, known = self._find(columns)
+        if known.all():
+            return self._at(row, columns)
+        here, there = (
+            {name: np.asarray(columns[name], np.float64)[part] for name in (*self.shape_names, *self.axes)}
+            for part in (known, ~known)
+        )
+        result = np.empty(len(row))
+        result[known], result[~known] = self._at(row[known], here), self._between_shapes(there)
+        return result
+
+    def _at(self, row: npt.NDArray[np.intp], columns: Columns) -> FloatArray:
+        """Values of batches whose shapes are the rows of `shapes`."""
+        flat = row
         cells: list[tuple[npt.NDArray[np.intp], FloatArray, int]] = []
         for name, place in self._places.items():
             size = len(place)
@@ -121,20 +136,52 @@ class ShapeBank:
             result = result + weight * table[flat + offset]
         return result
 
-    def _shape_index(self, columns: Columns, n: int) -> npt.NDArray[np.intp]:
-        """Row of `shapes` for each batch; of an unknown shape the nearest one, in octaves."""
+    def _find(self, columns: Columns) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.bool_]]:
+        """Row of `shapes` for each batch, and whether there is one."""
+        n = len(next(iter(columns.values())))
         row, known = np.zeros(n, np.intp), np.ones(n, np.bool_)
         for name, (values, rows) in zip(self.shape_names, self._shape_rows, strict=True):
             column = np.asarray(columns[name], np.float64)
             place = np.minimum(np.searchsorted(values, column), len(values) - 1)
             row = rows[row, place]
             known &= (values[place] == column) & (row >= 0)
-        if not known.all():
-            wanted = np.column_stack([np.asarray(columns[name], np.float64)[~known] for name in self.shape_names])
-            different, inverse = np.unique(wanted, axis=0, return_inverse=True)
-            near = [int(np.argmin(((self._log_shapes - place) ** 2).sum(axis=1))) for place in octave(different)]
-            row[~known] = np.asarray(near, np.intp)[inverse.ravel()]
-        return row
+        return row, known
+
+    def _between_shapes(self, columns: Columns) -> FloatArray:
+        """Values of batches of unknown shapes: means over the known shapes around each."""
+        wanted = np.column_stack([columns[name] for name in self.shape_names])
+        different, inverse = np.unique(wanted, axis=0, return_inverse=True)
+        rows, weights = (np.array(part) for part in zip(*map(self._around, different), strict=True))
+        total = np.zeros(len(wanted))
+        for at in range(rows.shape[1]):
+            total = total + weights[inverse.ravel(), at] * self._at(rows[inverse.ravel(), at], columns)
+        return total
+
+    def _around(self, shape: FloatArray) -> tuple[npt.NDArray[np.intp], FloatArray]:
+        """Rows of known shapes around an unknown one, and their weights, which add up to 1.
+
+        Along each shape column, the nearest two that enclose it and agree in every other column; of several columns the
+        one whose two are closer counts more. Where no column has two, the nearest shapes.
+
+        Returns:
+            Arrays of shape (2 * number of shape columns,); what is not needed has weight 0.
+        """
+        rows, weights = np.zeros((len(shape), 2), np.intp), np.zeros((len(shape), 2))
+        place = octave(shape) if self.octaves else shape
+        for dimension in range(len(shape)):
+            along, here = self._shape_places[:, dimension], place[dimension]
+            agree = np.delete(self.shapes == shape, dimension, axis=1).all(axis=1)
+            low, high = np.flatnonzero(agree & (along < here)), np.flatnonzero(agree & (along > here))
+            if len(low) and len(high):
+                pair = low[along[low].argmax()], high[along[high].argmin()]
+                before, after = here - along[pair[0]], along[pair[1]] - here
+                rows[dimension] = pair
+                weights[dimension] = np.array([after, before]) / (before + after) ** 2
+        if not weights.any():
+            distance = ((self._log_shapes - octave(shape)) ** 2).sum(axis=1)
+            near = np.argsort(distance, kind="stable")[: rows.size]
+            rows.flat[: len(near)], weights.flat[: len(near)] = near, 1.0 / distance[near]
+        return rows.ravel(), weights.ravel() / weights.sum()
 
     def _index_shapes(self) -> list[tuple[FloatArray, npt.NDArray[np.intp]]]:
         """For each shape column its values, and which row (after the last column: of `shapes`) they lead to.
@@ -161,9 +208,7 @@ class ShapeBank:
             values = np.asarray(columns[name], np.float64)
             inside &= (values >= axis[0]) & (values <= axis[-1])
         if self.shape_names:
-            found = self.shapes[self._shape_index(columns, n)]
-            wanted = np.column_stack([np.asarray(columns[name], np.float64) for name in self.shape_names])
-            inside &= np.all(found == wanted, axis=1)
+            inside &= self._find(columns)[1]
         return inside
 
     @classmethod

@@ -1,10 +1,10 @@
 """Times of single operators by name and key: what kernel tables give, before a model is composed from them.
 
     time = trend(columns)                                   "trend": physics alone
-    time = (trend * surface + pool) * bank                  ratios of the table, in octaves of the loads
-    time = (trend * surface + pool) + bank                  rests of the table, in the loads
+    time = (trend * surface * forest + pool) * bank         ratios of the table, in octaves of the loads
+    time = (trend * surface * forest + pool) + bank         rests of the table, in the loads
 
-Surface, pool and bank may each be absent; without prices the bank holds the times themselves.
+Surface, forest, pool and bank may each be absent; without prices the bank holds the times themselves.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from typing import Any, Final
 import numpy as np
 
 from kvtwin.sim.latency.bank import ShapeBank
+from kvtwin.sim.latency.coordinates import COORDINATES
+from kvtwin.sim.latency.forest import Forest
 from kvtwin.sim.latency.grid import FloatArray
 from kvtwin.sim.latency.octaves import octave
-from kvtwin.sim.latency.surface import COORDINATES, Surface
+from kvtwin.sim.latency.surface import Surface
 from kvtwin.sim.latency.work import Columns, pooled, trend
 from kvtwin.traces.errors import InputError
 
@@ -59,6 +61,7 @@ class OperatorModel:
         tile, slots: of the trend's thread blocks; slots 0: no waves.
         bank: table of ratios or rests (with prices) or of times (without); None for the trend alone.
         surface: what the trend misses, smooth in physical coordinates.
+        forest: the same, learnt by trees.
         pool: rests by group of query heads, thread blocks and length (`work.pooled`), shared by all shapes.
         scale: from the hardware that prices and bank were fitted on to another; None for the same.
     """
@@ -72,6 +75,7 @@ class OperatorModel:
     slots: float = 0.0
     bank: ShapeBank | None = None
     surface: Surface | None = None
+    forest: Forest | None = None
     pool: ShapeBank | None = None
     scale: Scale | None = None
 
@@ -97,13 +101,14 @@ class OperatorModel:
         return np.maximum(found, MIN_TIME_US)
 
     def _base_us(self, columns: Columns) -> FloatArray:
-        """Trend, surface and pool."""
+        """Trend, surface, forest and pool."""
         n = len(next(iter(columns.values())))
         known = {name: np.asarray(values, np.float64) for name, values in columns.items()}
         known |= {name: np.full(n, value) for name, value in self.constants.items()}
         found = trend(self.work, known, self.prices, self.tile, self.slots)
-        if self.surface is not None:
-            found = found * self.surface(COORDINATES[self.work](known, self.slots))
+        for factor in (self.surface, self.forest):
+            if factor is not None:
+                found = found * factor(COORDINATES[self.work](known, self.slots))
         if self.pool is not None:
             found = found + self.pool(pooled(known))
         return np.maximum(found, MIN_TIME_US)
@@ -119,7 +124,7 @@ class OperatorModel:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> OperatorModel:
         """Read `to_json`'s output. Raises KeyError, TypeError or ValueError on anything else."""
-        surface, pool = data.get("surface"), data.get("pool")  # absent in profiles of earlier versions
+        surface, forest, pool = (data.get(name) for name in ("surface", "forest", "pool"))  # absent in earlier versions
         return cls(
             op=str(data["op"]),
             work=str(data["work"]),
@@ -130,6 +135,7 @@ class OperatorModel:
             slots=float(data["slots"]),
             bank=ShapeBank.from_json(data["bank"]) if data["bank"] is not None else None,
             surface=Surface.from_json(surface) if surface is not None else None,
+            forest=Forest.from_json(forest) if forest is not None else None,
             pool=ShapeBank.from_json(pool) if pool is not None else None,
             scale=Scale(**{name: float(value) for name, value in data["scale"].items()}) if data["scale"] else None,
         )
@@ -146,6 +152,7 @@ class OperatorModel:
             "slots": self.slots,
             "bank": self.bank.to_json() if self.bank is not None else None,
             "surface": self.surface.to_json() if self.surface is not None else None,
+            "forest": self.forest.to_json() if self.forest is not None else None,
             "pool": self.pool.to_json() if self.pool is not None else None,
             "scale": asdict(self.scale) if self.scale is not None else None,
         }

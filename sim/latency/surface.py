@@ -1,14 +1,13 @@
 """What a trend misses, smooth in physical coordinates: factor = 1 + sum over parts of part(coordinates).
 
-A part is a table over one or two coordinates (keys, thread blocks, products ...), linear in octaves between its points
-and held beyond them. Coordinates are products of columns, so that a kernel's behaviour at 64 requests of 1,000 tokens
-is seen where 16 requests of 4,000 tokens were measured: a bend at some number of bytes lies on a diagonal of the table
-of loads, where interpolation along the loads cannot find it. Only +, -, *, / and comparisons, as everywhere here.
+A part is a table over one or two coordinates (`coordinates.py`: keys, thread blocks, queries ...), linear in octaves
+between its points and held beyond them. A bend at some number of bytes lies on a diagonal of the table of loads, where
+interpolation along the loads cannot find it. Only +, -, *, / and comparisons, as everywhere here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -17,10 +16,9 @@ import numpy.typing as npt
 
 from kvtwin.sim.latency.grid import FloatArray
 from kvtwin.sim.latency.octaves import digits, octave, plain
-from kvtwin.sim.latency.work import Columns, attention_heads, best_products, context_of_each, prefills
+from kvtwin.sim.latency.work import Columns
 
 _MIN_FACTOR: Final = 0.1
-_USUAL_SLOTS: Final = 132.0  # tiles at once, where the trend saw no waves
 
 # (which points of the flattened table of a part, with which weight), each of shape (n, 2) or (n, 4)
 Weights = tuple[npt.NDArray[np.intp], FloatArray]
@@ -95,61 +93,7 @@ def weights_of(cells: Sequence[tuple[npt.NDArray[np.intp], FloatArray]], shape: 
     return points, weights
 
 
-# ---- coordinates ---------------------------------------------------------------------------------------------
-
-
-def _decode(columns: Columns, slots: float) -> dict[str, FloatArray]:  # noqa: ARG001 - the contract's
-    heads, kv_heads = attention_heads(columns)
-    seqs, context = columns["num_decode"], context_of_each(columns)
-    blocks = seqs * kv_heads
-    return {
-        "blocks": blocks, "context": context, "keys": blocks * context, "queries": seqs * heads,
-        "num_decode": seqs, "kv_heads": kv_heads,
-    }  # fmt: skip
-
-
-def _prefill(columns: Columns, slots: float) -> dict[str, FloatArray]:  # noqa: ARG001 - the contract's
-    heads, kv_heads = attention_heads(columns)
-    seqs, chunk, prefix = prefills(columns)
-    return {
-        "blocks": seqs * heads, "chunk": chunk, "queries": seqs * heads * chunk, "num_seqs": seqs,
-        "kv_heads": kv_heads, "prefix": prefix, "pairs": seqs * heads * chunk * (prefix + chunk / 2),
-    }  # fmt: skip
-
-
-def _mixed(columns: Columns, slots: float) -> dict[str, FloatArray]:  # noqa: ARG001 - the contract's
-    seqs, context = columns["num_decode"], columns["context"]
-    num_prefills, chunk, prefix = prefills(columns)
-    key = prefix + chunk / 2
-    return {
-        "num_decode": seqs, "context": context, "keys": seqs * context, "chunk": num_prefills * chunk, "prefix": prefix,
-        "pairs": num_prefills * chunk * key, "keys of blocks": num_prefills * np.ceil(chunk / 64) * key + seqs * context,
-    }  # fmt: skip
-
-
-def _gemm(columns: Columns, slots: float) -> dict[str, FloatArray]:
-    m, n, k = columns["m"], columns["n"], columns["k"]
-    slots = slots or _USUAL_SLOTS
-    small, large = np.ceil(m / 64) * np.ceil(n / 64), np.ceil(m / 128) * np.ceil(n / 128)
-    return {
-        "m": m, "n": n, "k": k, "products": m * n * k, "weights": n * k, "inputs": m * k, "outputs": m * n,
-        "best": best_products(m, n, k, slots), "small tiles": small, "tiles": large,
-        "idle with small tiles": _idle(small, slots), "idle": _idle(large, slots),
-    }  # fmt: skip
-
-
-def _idle(tiles: FloatArray, slots: float) -> FloatArray:
-    """Slots of all waves over tiles, in thousandths: how much of the last wave is idle."""
-    return 1000.0 * (np.ceil(tiles / slots) * slots / tiles)
-
-
-# By `OpSamples.work`: the coordinates, and the pairs of them that have a table together.
-COORDINATES: Final[Mapping[str, Callable[[Columns, float], dict[str, FloatArray]]]] = {
-    "decode_attention": _decode,
-    "prefill_attention": _prefill,
-    "mixed_attention": _mixed,
-    "gemm": _gemm,
-}
+# By `OpSamples.work`: the pairs of coordinates that have a table together.
 PAIRS: Final[Mapping[str, Sequence[tuple[str, str]]]] = {
     "decode_attention": (
         ("blocks", "context"), ("num_decode", "context"), ("queries", "keys"), ("context", "queries"),
@@ -161,9 +105,5 @@ PAIRS: Final[Mapping[str, Sequence[tuple[str, str]]]] = {
     "mixed_attention": (
         ("num_decode", "keys"), ("num_decode", "chunk"), ("context", "num_decode"), ("keys", "pairs"),
         ("num_decode", "pairs"),
-    ),
-    "gemm": (
-        ("m", "n"), ("m", "k"), ("n", "k"), ("m", "products"), ("n", "products"), ("k", "products"), ("tiles", "k"),
-        ("idle", "tiles"), ("idle with small tiles", "small tiles"),
     ),
 }  # fmt: skip

@@ -1,15 +1,18 @@
-"""Recordings whose truth is known."""
+"""Recordings and tables of operator times whose truth is known."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from kvtwin.sim.latency.regression import RegressionLatency
 from kvtwin.sim.latency.stats import BatchStats
+from kvtwin.traces.readers.optable import OpSamples, OpTable
 from kvtwin.traces.run import Run, RunInfo
 from kvtwin.traces.table import from_columns
 
@@ -101,3 +104,68 @@ def known_run() -> Callable[..., Run]:
 def truth() -> dict[str, float]:
     """Prices of the engine that `known_run` records."""
     return dict(TRUTH)
+
+
+# ---- tables of operator times: functions as fixtures, since test files cannot import one another -------------------
+
+ROWS = [1, 2, 4, 8, 16, 32, 64, 96, 128, 160, 192, 256, 320, 384, 512, 768, 1024]
+
+
+def _samples_of(
+    work: str, load: dict[str, npt.NDArray[Any]], time_us: npt.NDArray[np.float64], **fields: Any
+) -> OpSamples:
+    n = len(time_us)
+    defaults: dict[str, Any] = {
+        "op": work, "key": {"version": "1.0"}, "shape": {}, "rows": np.arange(n), "spread": np.full(n, np.nan),
+        "suspect": np.zeros(n, np.bool_),
+    }  # fmt: skip
+    return OpSamples(work=work, load=load, time_us=time_us, **(defaults | fields))
+
+
+def _table_of(*samples: OpSamples, **facts: str) -> OpTable:
+    return OpTable(Path("table.csv"), "planted", samples, {"reader": "planted"}, facts)
+
+
+def _product(**axes: Sequence[float]) -> dict[str, npt.NDArray[Any]]:
+    grids = np.meshgrid(*axes.values(), indexing="ij")
+    return {name: grid.ravel() for name, grid in zip(axes, grids, strict=True)}
+
+
+def _gemm(scale: float = 1.0, sizes: Sequence[int] = (1024, 4096)) -> OpSamples:
+    """A kernel of 64 x 128 tiles on 100 slots: 3 us, and 0.01 us per wave and element of depth."""
+    columns = _product(m=ROWS, n=sizes, k=sizes)
+    blocks = np.ceil(columns["m"] / 64) * np.ceil(columns["n"] / 128)
+    time_us = scale * (3.0 + 0.01 * np.ceil(blocks / 100) * columns["k"])
+    return _samples_of("gemm", {"m": columns["m"]}, time_us, shape={"n": columns["n"], "k": columns["k"]})
+
+
+def _decode(noise: float = 0.0, seed: int = 0) -> OpSamples:
+    load = _product(num_decode=[1, 2, 4, 8, 16, 32, 64], context=[128, 256, 512, 1024, 2048, 4096, 8192])
+    time_us = 6.0 + 2e-3 * load["num_decode"] * load["context"]
+    time_us = time_us * (1 + noise * np.random.default_rng(seed).standard_normal(len(time_us)))
+    return _samples_of("decode_attention", load, time_us)
+
+
+@pytest.fixture(scope="session")
+def samples_of() -> Callable[..., OpSamples]:
+    return _samples_of
+
+
+@pytest.fixture(scope="session")
+def table_of() -> Callable[..., OpTable]:
+    return _table_of
+
+
+@pytest.fixture(scope="session")
+def product() -> Callable[..., dict[str, npt.NDArray[Any]]]:
+    return _product
+
+
+@pytest.fixture(scope="session")
+def gemm() -> Callable[..., OpSamples]:
+    return _gemm
+
+
+@pytest.fixture(scope="session")
+def decode() -> Callable[..., OpSamples]:
+    return _decode
