@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from kvtwin.validate.checks_json import StoredReport
@@ -25,7 +25,7 @@ def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
         "report",
         help="a static site of dashboards per hardware target",
         description="Draws what `kvtwin check` wrote: an index of targets and a page for each. Several OUTs of one "
-        "target (the same name) are its history; the newest is shown. The site opens from a file and needs no network.",
+        "target (the same name, hardware and model) are its history; the newest is shown. The site opens from a file and needs no network.",
     )
     report.add_argument(
         "outs", nargs="+", type=Path, metavar="OUT", help="output folder of kvtwin check, of one target or several"
@@ -43,6 +43,9 @@ def _report(args: argparse.Namespace) -> int:
         print(json.dumps({"index": str(args.output / "index.html"), "targets": pages}, allow_nan=False))
     else:
         print(f"{args.output / 'index.html'}: {len(pages)} target{'' if len(pages) == 1 else 's'}")
+        for page in pages:
+            if older := page["history"]:
+                print(f"{page['name']}: {page['shown']} is shown; its history, oldest first: {', '.join(older)}")
     return 0
 
 
@@ -54,7 +57,7 @@ class _Check:
     report: StoredReport
 
 
-def write_site(outs: Sequence[Path], site: Path) -> list[dict[str, object]]:
+def write_site(outs: Sequence[Path], site: Path) -> list[dict[str, Any]]:
     """Write index.html, a page per target and one plotly.js for all: the whole site or nothing.
 
     Args:
@@ -62,10 +65,11 @@ def write_site(outs: Sequence[Path], site: Path) -> list[dict[str, object]]:
         site: must not exist.
 
     Returns:
-        One entry per target, in the index's order: its name, its page and how many reports it has.
+        One entry per target, in the index's order: its name, its page, how many reports it has, the folder of the one
+        that is shown and those of its history, oldest first.
 
     Raises:
-        InputError: an OUT holds no report, a report cannot be read, or `site` exists.
+        InputError: an OUT holds no report, is given twice, or cannot be read; or `site` exists.
     """
     from kvtwin.reports.pages.index import Entry, render_index
     from kvtwin.reports.pages.shell import PLOTLY_FILE, plotly_source
@@ -92,8 +96,14 @@ def write_site(outs: Sequence[Path], site: Path) -> list[dict[str, object]]:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
     return [
-        {"name": title(entry.newest), "page": str(site / entry.url), "num_reports": len(entry.history)}
-        for entry in entries
+        {
+            "name": title(entry.newest),
+            "page": str(site / entry.url),
+            "num_reports": len(entry.history),
+            "shown": str(history[-1].folder),
+            "history": [str(check.folder) for check in history[:-1]],
+        }
+        for entry, history in zip(entries, histories, strict=True)
     ]
 
 
@@ -121,12 +131,23 @@ def _checks_in(out: Path) -> list[_Check]:
 
 
 def _histories(checks: Sequence[_Check]) -> list[list[_Check]]:
-    """By target, oldest first (an unknown date is the oldest); failing targets first, then by name."""
-    from kvtwin.reports.words import title, verdict_word
+    """By target, oldest first (an unknown date is the oldest); failing targets first, then by name.
 
-    by_target: dict[str, list[_Check]] = {}
+    Reports of one name on other hardware, or of another model, are of another target.
+
+    Raises:
+        InputError: a report is given twice.
+    """
+    from kvtwin.reports.words import title, verdict_word
+    from kvtwin.traces.errors import InputError
+
+    by_target: dict[tuple[str | None, ...], list[_Check]] = {}
     for check in checks:
-        by_target.setdefault(title(check.report), []).append(check)
+        facts = (title(check.report), *map(check.report.target.get, ("hardware", "model")))
+        group = by_target.setdefault(facts, [])
+        if any(check.folder.resolve() == other.folder.resolve() for other in group):
+            raise InputError("is given twice", path=check.folder)
+        group.append(check)
     histories = [sorted(group, key=lambda check: check.report.created or "") for group in by_target.values()]
     order = ("fail", "not judged", "pass")
     return sorted(histories, key=lambda group: (order.index(verdict_word(group[-1].report)), title(group[-1].report)))

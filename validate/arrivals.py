@@ -165,7 +165,7 @@ def sent_check(measured: Run, other: Run, what: str, *, name: str) -> Check | No
         note = f"arrival_ns lies {side}, of all alike: another origin of the clock, or one of the two is shifted"
     else:
         ends = " to ".join(f"{float(end) / NS_PER_MS:+,.3f}" for end in (offsets_ns.min(), offsets_ns.max()))
-        note = f"arrival_ns lies {side} (median; from {ends} ms): {n - same} of {n} requests were sent at other times"
+        note = f"arrival_ns lies {side} (median, from {ends} ms): {n - same} of {n} requests were sent at other times"
         gaps = [np.diff(_floats(run, "arrival_ns")) for run in (other, measured)]
         warning = unit_note(*gaps, whose="times between arrivals are", beside="those of " + what)
         note = "; ".join([*([warning] if warning else []), note])

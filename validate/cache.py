@@ -8,6 +8,7 @@ from collections.abc import Set as AbstractSet
 from itertools import groupby
 from typing import Any, Final
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -62,6 +63,8 @@ def cache_figures(events: pa.Table) -> dict[str, tuple[float, int]]:
     return figures
 
 
+_NO_NAMES: Final = "evictions name no blocks that both traces know: which blocks, and in which order, is not compared"
+
 # What makes room on a level: the kind of event, how far below the evictions' level it is noted, and the cause's name.
 _TRIGGERS: Final = (
     ("store", 0, "evict_for_store"),
@@ -80,6 +83,8 @@ def _cause(happened: AbstractSet[tuple[str, int, int]], time_ns: int, level: int
 def compare_cache(measured: pa.Table, predicted: pa.Table, *, name: str, gates: Gates = NO_GATES) -> list[Check]:
     """A Check per figure that either trace has (`cache_figures`); one that a trace lacks counts as 0 there.
 
+    Where evictions name their blocks, also how many are of the same blocks, and whether those come in the same order.
+
     Args:
         measured, predicted: tables of schema.CACHE.
         name: of the measured trace.
@@ -92,16 +97,56 @@ def compare_cache(measured: pa.Table, predicted: pa.Table, *, name: str, gates: 
     if len(units) > 1:
         raise InputError("one trace counts tokens, the other blocks: they cannot be compared")
     real, ours = cache_figures(measured), cache_figures(predicted)
+    # Traces that share no block at all name them differently, or not at all.
+    names = [table.column("block_hash").drop_null().to_numpy() for table in (measured, predicted)]
+    share_names = len(np.intersect1d(*names)) > 0
     checks = []
     for metric in [*real, *(metric for metric in ours if metric not in real)]:
         value, count = real.get(metric, (0.0, 0))
         other = ours.get(metric, (0.0, 0))[0]
         error = other / value - 1 if value else (0.0 if other == value else math.inf)
         unit = "" if metric == "hit_rate" else ("blocks" if units == {True} else "tokens")
-        note = "" if math.isfinite(error) else "the measured trace has none"
+        notes = [] if math.isfinite(error) else ["the measured trace has none"]
+        notes += [_NO_NAMES] if metric.startswith("evict_") and not share_names else []
         error = error if math.isfinite(error) else math.nan
-        checks.append(Check(name, "cache", metric, unit, value, other, error, None, count, note=note))
+        checks.append(Check(name, "cache", metric, unit, value, other, error, None, count, note="; ".join(notes)))
+    if share_names:
+        checks += [check for level in LEVELS for check in _eviction_checks(measured, predicted, level, name)]
     return [judge(check, gates) for check in checks]
+
+
+def _eviction_checks(measured: pa.Table, predicted: pa.Table, level: int, name: str) -> list[Check]:
+    """Evictions of one level that both traces have (a block's k-th is the same in both), and Kendall's tau-b of their order."""
+    from scipy.stats import kendalltau
+
+    ours, theirs = (_evictions(table, level) for table in (measured, predicted))
+    if not ours:
+        return []
+    both = [eviction for eviction in ours if eviction in theirs]
+    share = len(both) / len(ours)
+    checks = [
+        Check(
+            name, "cache", f"same_evictions_l{level}", "blocks", float(len(ours)), float(len(both)), share - 1, None,
+            len(ours), note="evictions of the same block for as many times",
+        )
+    ]  # fmt: skip
+    if len(both) > 1:
+        tau = float(kendalltau(range(len(both)), [theirs[eviction] for eviction in both]).statistic)
+        note = "Kendall's tau-b of the order in which both evict the same blocks: -1 is reversed"
+        order = Check(name, "cache", f"eviction_order_l{level}", "tau", 1.0, tau, tau - 1, None, len(both), note=note)
+        checks.append(order)
+    return checks
+
+
+def _evictions(events: pa.Table, level: int) -> dict[tuple[int, int], int]:
+    """Rank of each eviction of a level by block and by how many times that block was evicted before."""
+    evicted = events.filter((pc.field("kind") == "evict") & (pc.field("level") == level))
+    counts: dict[int, int] = {}
+    ranks: dict[tuple[int, int], int] = {}
+    for block in evicted.column("block_hash").drop_null().to_pylist():
+        counts[block] = counts.get(block, 0) + 1
+        ranks[block, counts[block]] = len(ranks)
+    return ranks
 
 
 def replay_events(events: pa.Table, capacity_blocks: int, policy: str = "lru") -> pa.Table:

@@ -50,6 +50,7 @@ FAMILIES: Final[Mapping[str, tuple[str, ...]]] = {
     "cache_evictions": (
         *_on_levels("evict"),
         *(f"{cause}_l{level}" for cause in EVICTION_CAUSES for level in LEVELS),
+        *(f"{name}_l{level}" for name in ("same_evictions", "eviction_order") for level in LEVELS),
     ),
     "cache_moves": _on_levels(*MOVES),
 }
@@ -113,6 +114,7 @@ DEFAULT_GATES: Final[Gates] = {
     **{f"latency_{statistic}": Gate(0.05, floor_factor=1.5) for statistic in ("mean", "p50")},
     "throughput": Gate(0.05, floor_factor=1.5),
     "hit_rate": Gate(0.01),
+    **{f"{name}_l{level}": Gate(0.05) for name in ("same_evictions", "eviction_order") for level in LEVELS},
 }
 
 

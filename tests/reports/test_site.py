@@ -41,15 +41,35 @@ def test_targets_and_their_histories(report: TargetReport, tmp_path: Path, capsy
     assert main(["report", str(new.parent), str(unknown), str(old), "-o", str(site), "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["targets"] == [
-        {"name": "tiny", "page": str(site / "targets/tiny/index.html"), "num_reports": 3},
-        {"name": "Other, tp 2", "page": str(site / "targets/other-tp-2/index.html"), "num_reports": 1},
-    ]
+        {
+            "name": "tiny", "page": str(site / "targets/tiny/index.html"), "num_reports": 3, "shown": str(new),
+            "history": [str(unknown), str(old)],
+        },
+        {
+            "name": "Other, tp 2", "page": str(site / "targets/other-tp-2/index.html"), "num_reports": 1,
+            "shown": str(new.parent / "two"), "history": [],
+        },
+    ]  # fmt: skip
     assert sorted(str(path.relative_to(site)) for path in site.rglob("*.*")) == [
         "assets/plotly.min.js", "index.html", "targets/other-tp-2/index.html", "targets/tiny/index.html",
     ]  # fmt: skip
     page = (site / "targets/tiny/index.html").read_text()
     assert page.index("unknown date") < page.index("2026-10-01 10:00") < page.rindex("2026-11-20 10:00")
     assert [path.name for path in site.parent.iterdir()] == ["site"]
+
+
+def test_no_report_disappears_silently(
+    report: TargetReport, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new = (out_of(report, tmp_path / day, f"2026-11-{day}T10:00:00Z") for day in ("01", "02"))
+    elsewhere = replace(report, target={**report.target, "hardware": "another GPU"})
+    other = out_of(elsewhere, tmp_path / "other", "2026-11-03T10:00:00Z")
+    assert main(["report", str(new), str(old), str(other), "-o", str(tmp_path / "site")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("2 targets")
+    assert lines[1:] == [f"tiny: {new} is shown; its history, oldest first: {old}"]
+    with pytest.raises(InputError, match="01: is given twice"):
+        write_site([old, new, old], tmp_path / "again")
 
 
 def test_the_same_outs_give_the_same_site_whatever_their_order(report: TargetReport, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 from hypothesis import given, settings
@@ -19,6 +20,7 @@ from kvtwin.traces.readers import read_run
 from kvtwin.traces.readers.cache_events import read_cache_events
 from kvtwin.traces.table import from_columns
 from kvtwin.validate.cache import cache_figures, compare_cache, replay_events
+from kvtwin.validate.gates import parse_gates
 
 TAIR = "data/traces/tair/event_publisher.log.gz"
 
@@ -130,6 +132,35 @@ def test_evictions_are_told_apart_by_what_made_them() -> None:
         "evict_for_prompt_l1": 16, "evict_for_load_back_l1": 48, "evict_for_store_l2": 1, "evict_for_prefetch_l2": 2,
         "evict_alone_l1": 3,
     }  # fmt: skip
+
+
+def evictions(blocks: list[int | None]) -> pa.Table:
+    """Blocks stored, then evicted in this order."""
+    stored = sorted(block for block in blocks if block is not None)
+    columns = {
+        "time_ns": range(len(stored) + len(blocks)),
+        "level": [1] * (len(stored) + len(blocks)),
+        "request": [None] * (len(stored) + len(blocks)),
+        "kind": ["store"] * len(stored) + ["evict"] * len(blocks),
+        "block_hash": [*stored, *blocks],
+        "tokens": [16] * (len(stored) + len(blocks)),
+    }
+    return from_columns("cache", {name: list(values) for name, values in columns.items()}, "made here")
+
+
+def test_evictions_in_reverse_order_are_told_though_every_sum_is_the_same() -> None:
+    gates = parse_gates({"cache_evictions": 0.05})
+    checks = compare_cache(evictions([1, 2, 3, 4]), evictions([4, 3, 2, 1]), name="x", gates=gates)
+    assert {check.metric: check.error for check in checks if check.verdict == "fail"} == {"eviction_order_l1": -2.0}
+    same = compare_cache(evictions([1, 2, 3, 4]), evictions([1, 2, 3, 4]), name="x", gates=gates)
+    assert {check.verdict for check in same} <= {"pass", "no gate"}
+    others = {
+        check.metric: check for check in compare_cache(evictions([1, 2, 3, 4]), evictions([1, 5, 6, 4]), name="x")
+    }
+    assert others["evict_tokens_l1"].error == 0 and others["same_evictions_l1"].error == -0.5
+    unnamed = compare_cache(evictions([1, 2]), evictions([None, None]), name="x")
+    assert any("is not compared" in check.note for check in unnamed)
+    assert not any("eviction_order" in check.metric for check in unnamed)
 
 
 def test_a_trace_equals_itself(shared: Path) -> None:

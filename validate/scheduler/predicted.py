@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,6 +17,10 @@ from kvtwin.validate.scheduler.slots import schedules_ahead
 
 _ENGINE_FILES: Final = (".toml", ".json")
 _ENGINES: Final = ("vllm", "sglang")
+_OWN_TIMES: Final = (
+    "the other run decided at times of its own, so other step times part the two as well: give engine settings "
+    "(.toml, .json) instead, and the recording is replayed at its own times"
+)
 
 
 def predicted_run(measured: Run, path: Path | None) -> Run:
@@ -31,7 +35,11 @@ def predicted_run(measured: Run, path: Path | None) -> Run:
         InputError: neither of them, or something in it cannot be used.
     """
     if path is not None and not (path.is_file() and path.suffix in _ENGINE_FILES):
-        return read_run(path)
+        run = read_run(path)
+        info = replace(run.info, source={**run.info.source, NOTES: [*run.info.source.get(NOTES, ()), _OWN_TIMES]})
+        noted = Run(info, {name: getattr(run, name) for name in ("requests", "steps") if run.has(name)}, name=str(path))
+        noted.path = run.path
+        return noted
     settings = replay_settings(measured, {} if path is None else read_settings(path), path)
     config = engine_config(settings, path or measured.path or "the recording")
     run = replay_schedule(measured, config)
