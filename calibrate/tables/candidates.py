@@ -26,7 +26,7 @@ from kvtwin.sim.latency.coordinates import COORDINATES
 from kvtwin.sim.latency.grid import FloatArray
 from kvtwin.sim.latency.operators import OperatorModel
 from kvtwin.sim.latency.surface import PAIRS
-from kvtwin.sim.latency.work import TILES, WAVES, Columns, pooled, terms
+from kvtwin.sim.latency.work import TILES, WAVES, Columns, alternatives, pooled, terms
 from kvtwin.traces.readers.optable import OpSamples
 
 # Thread blocks that a device runs at once, where its GPU is not known: 1 to 8 on each streaming multiprocessor of common
@@ -34,6 +34,7 @@ from kvtwin.traces.readers.optable import OpSamples
 _COMMON_SMS: Final = (58, 72, 82, 84, 108, 114, 128, 132, 142, 148, 170, 188)
 _COMMON_SLOTS: Final = tuple(float(num_sms * blocks) for blocks in (1, 2, 4, 8) for num_sms in _COMMON_SMS)
 _SEARCH_ROWS: Final = 600  # of a table, to choose tile and slots on
+_CLEARLY: Final = 0.05  # how much better a kernel that packs must fit than the plain one
 _MAX_CELLS: Final = 200_000  # of a refined grid
 _SINGLE_HEAD: Final = 0.01  # weight of rows with one key-value head in a pool
 _CALM_SHARE: Final = 0.5  # 0.3 to 0.7: within 0.5 percentage points on three tables
@@ -112,25 +113,25 @@ class Trend(_Fitted):
     def fit(self, samples: OpSamples) -> Self:
         """See `Candidate`."""
         columns = _all_columns(samples)
-        tile, slots = self._geometry(samples.work, columns, samples.time_us)
-        prices = relative_nnls(terms(samples.work, columns, tile, slots), samples.time_us)
+        tile, slots, kernel = self._geometry(samples.work, columns, samples.time_us)
+        prices = relative_nnls(alternatives(terms(samples.work, columns, tile, slots))[kernel], samples.time_us)
         self.model_ = OperatorModel(samples.op, samples.work, samples.key, samples.constants, prices, tile, slots)
         return self
 
-    def _geometry(self, work: str, columns: Columns, time_us: FloatArray) -> tuple[float, float]:
-        """Tile and slots whose prices fit best, on some of the rows."""
+    def _geometry(self, work: str, columns: Columns, time_us: FloatArray) -> tuple[float, float, int]:
+        """Tile, slots and kernel (of `alternatives`) whose prices fit best, on some of the rows."""
         tiles = TILES.get(work, (128.0,))
         slots = [0.0, *(self.slots if self.slots is not None else _COMMON_SLOTS)] if work in WAVES else [0.0]
         step = max(1, len(time_us) // _SEARCH_ROWS)
         few, times = {name: values[::step] for name, values in columns.items()}, time_us[::step]
-        best = (np.inf, tiles[0], 0.0)
+        best = (np.inf, tiles[0], 0.0, 0)
         for tile, count in itertools.product(tiles, slots):
-            found = terms(work, few, tile, count)
-            total = sum(price * found[name] for name, price in relative_nnls(found, times).items())
-            error = float(np.mean(np.abs(total / times - 1)))
-            if error < best[0] - 1e-12:
-                best = (error, tile, count)
-        return best[1], best[2]
+            for kernel, found in enumerate(alternatives(terms(work, few, tile, count))):
+                total = sum(price * found[name] for name, price in relative_nnls(found, times).items())
+                error = float(np.mean(np.abs(total / times - 1))) * (1.0 + _CLEARLY * kernel)
+                if error < best[0] - 1e-12:
+                    best = (error, tile, count, kernel)
+        return best[1:]
 
 
 class Surfaced(_Fitted):

@@ -17,6 +17,7 @@ from kvtwin.sim.latency.work import Columns, attention_heads, context_of_each, p
 
 _USUAL_SLOTS: Final = 132.0  # tiles at once, where the trend saw no waves
 _TILES: Final = ((64.0, 64.0), (64.0, 128.0), (128.0, 128.0), (128.0, 256.0), (256.0, 128.0))  # rows, columns
+_ALIGNMENTS: Final = (2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 
 
 def _decode(columns: Columns, slots: float) -> dict[str, FloatArray]:  # noqa: ARG001 - the contract's
@@ -35,6 +36,7 @@ def _prefill(columns: Columns, slots: float) -> dict[str, FloatArray]:  # noqa: 
     return {
         "blocks": seqs * heads, "chunk": chunk, "queries": seqs * heads * chunk, "num_seqs": seqs,
         "kv_heads": kv_heads, "prefix": prefix, "pairs": seqs * heads * chunk * (prefix + chunk / 2),
+        "rows": 2.0 * seqs * (chunk * heads + (prefix + chunk) * kv_heads),
     }  # fmt: skip
 
 
@@ -49,17 +51,26 @@ def _mixed(columns: Columns, slots: float) -> dict[str, FloatArray]:  # noqa: AR
 
 
 def _gemm(columns: Columns, slots: float) -> dict[str, FloatArray]:
-    """The sizes and their products; and for each tiling that libraries choose among, how much of the last wave is idle
-    and how much of the tiles' area is padding."""
+    """The sizes, their products and m's alignment; and for each tiling that libraries choose among, how much of the last
+    wave is idle and how much of the tiles' area is padding."""
     m, n, k = columns["m"], columns["n"], columns["k"]
     slots = slots or _USUAL_SLOTS
     found = {
         "m": m, "n": n, "k": k, "products": m * n * k, "inputs": m * k, "outputs": m * n, "weights": n * k,
+        "alignment": _alignment(m),
     }  # fmt: skip
     for rows, width in _TILES:
         tiles, name = np.ceil(m / rows) * np.ceil(n / width), f"{rows:.0f} x {width:.0f}"
         found[f"idle {name}"] = np.ceil(tiles / slots) * slots / tiles
         found[f"padding {name}"] = tiles * (rows * width) / (m * n)
+    return found
+
+
+def _alignment(m: FloatArray) -> FloatArray:
+    """The largest of 1, 2, 4 ... 64 that divides m: rows (or their scales) that are not aligned are copied first."""
+    found = np.ones(len(m))
+    for size in _ALIGNMENTS:
+        found = np.where(m % size == 0, size, found)
     return found
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import heapq
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvtwin.calibrate.tables.candidates import Trend
 from kvtwin.sim.latency.work import WORKS, _list_end, trend
 from kvtwin.traces.errors import InputError
+from kvtwin.traces.readers.optable import plain_samples
 
 
 @given(st.integers(1, 12), st.integers(0, 40), st.integers(1, 9), st.integers(0, 40), st.integers(1, 9))
@@ -76,3 +79,36 @@ def test_prefills_by_their_keys_are_as_few_equal_ones_as_can_have_so_short_a_pas
     assert {name: values.tolist() for name, values in found.items()} == {
         name: values.tolist() for name, values in expected.items()
     }
+
+
+def prompts(counts: list[float], chunks: list[float]) -> dict[str, np.ndarray]:
+    seqs, chunk = (values.ravel() for values in np.meshgrid(counts, chunks, indexing="ij"))
+    heads = {"num_heads": np.full(len(seqs), 32.0), "num_key_value_heads": np.full(len(seqs), 8.0)}
+    return {**heads, "num_seqs": seqs, "chunk": chunk}
+
+
+def test_prompts_of_one_token_that_run_as_decodes_are_recognised() -> None:
+    """FlashAttention-2 packs the queries of a group for them: a quarter of the blocks (`seqlenq_ngroups_swapped`)."""
+    columns = prompts([2.0**power for power in range(9)], [1.0, 16.0, 64.0, 256.0])
+    blocks = columns["num_seqs"] * np.where(columns["chunk"] == 1, 8.0, 32.0) * np.ceil(columns["chunk"] / 64)
+    time_us = 5.0 + 3.0 * np.ceil(blocks / 132)
+    load = {name: columns[name] for name in ("num_seqs", "chunk")}
+    shape = {name: columns[name] for name in ("num_heads", "num_key_value_heads")}
+    samples = replace(plain_samples("attention", "prefill_attention", load, time_us), shape=shape)
+    model = Trend([132.0]).fit(samples).to_model()
+    assert model.time_us(columns) == pytest.approx(time_us, rel=0.02)
+    assert all(
+        "packed" not in name for name in Trend([132.0]).fit(samples.where(columns["chunk"] > 1)).to_model().prices
+    )
+
+
+def test_a_cliff_where_the_rows_of_a_call_leave_the_cache_is_found_on_its_diagonal() -> None:
+    columns = prompts([2.0**power for power in range(9)], [2.0**power for power in range(4, 11)])
+    rows = 80.0 * columns["num_seqs"] * columns["chunk"]  # queries, outputs, keys and values
+    time_us = 6.0 + np.where(rows >= 524288, 2e-4 * rows, 2e-5 * rows)
+    load = {name: columns[name] for name in ("num_seqs", "chunk")}
+    shape = {name: columns[name] for name in ("num_heads", "num_key_value_heads")}
+    samples = replace(plain_samples("attention", "prefill_attention", load, time_us), shape=shape)
+    known = columns["chunk"] != 64  # prompts of 64 tokens go over the cliff at 128, as 64 of 128 tokens do
+    model = Trend([132.0]).fit(samples.where(known)).to_model()
+    assert np.abs(model.time_us(columns) / time_us - 1)[~known].mean() < 0.05
