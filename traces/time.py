@@ -5,6 +5,7 @@ Integer addition is exact in any order, so a jump over many steps equals the sam
 
 from __future__ import annotations
 
+from datetime import datetime
 from decimal import Decimal
 
 NS_PER_US = 1_000
@@ -40,3 +41,15 @@ def to_seconds(time_ns: float) -> float:
 def to_ms(time_ns: float) -> float:
     """Nanoseconds to milliseconds, for reports."""
     return time_ns / NS_PER_MS
+
+
+def iso_day(text: str) -> str | None:
+    """The day that an ISO 8601 text names; None where it is no date.
+
+    >>> iso_day("2026-04-25T18:47:18.273385Z"), iso_day("2026-04-25"), iso_day("yesterday")
+    ('2026-04-25', '2026-04-25', None)
+    """
+    try:
+        return datetime.fromisoformat(text).date().isoformat()
+    except ValueError:
+        return None

@@ -24,6 +24,7 @@ from kvtwin.traces.readers.allreduce import read_allreduce
 from kvtwin.traces.readers.llmservingsim_profile import read_kernel_profile
 from kvtwin.traces.readers.text import provenance
 from kvtwin.traces.run import Run
+from kvtwin.traces.time import iso_day
 from kvtwin.traces.workload import with_prompts
 from kvtwin.validate.arrivals import sent_check
 from kvtwin.validate.attribution.attribute import attribute
@@ -81,7 +82,7 @@ def check_target(target: Target, *, progress: Progress = lambda _: None) -> tupl
             comparisons.append(comparison)
             checks += judged
     report = TargetReport(
-        target=_facts(target, profile, groups[0][1][0]),
+        target=_facts(target, profile, [run for _, runs in groups for run in runs]),
         checks=tuple(checks),
         comparisons=tuple(comparisons),
         profile={key: value for key, value in profile.to_json().items() if key not in ("latency", "schema_version")},
@@ -111,11 +112,15 @@ def _peer_sources(target: Target) -> dict[str, Any]:
     }
 
 
-def _facts(target: Target, profile: Profile, run: Run) -> dict[str, str]:
+def _facts(target: Target, profile: Profile, runs: Sequence[Run]) -> dict[str, str]:
+    """What the target is; where it does not say so, the day of its oldest recording."""
+    first = runs[0].info
+    days = (iso_day(str(run.info.source.get("started_at"))) for run in runs)
     facts = {
-        "hardware": profile.hardware or run.info.hardware,
-        "model": target.model.name if target.model else profile.model or run.info.model,
-        "engine": run.info.engine or profile.engine,
+        "hardware": profile.hardware or first.hardware,
+        "model": target.model.name if target.model else profile.model or first.model,
+        "engine": first.engine or profile.engine,
+        "recorded": min(filter(None, days), default=None),
         **target.facts,
         "name": target.name,
     }

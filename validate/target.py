@@ -15,13 +15,14 @@ from typing import Any, Final, Literal
 from kvtwin.calibrate.models import ModelSpec, custom_model, model_spec
 from kvtwin.sim.vllm.config import read_settings
 from kvtwin.traces.errors import InputError
+from kvtwin.traces.time import iso_day
 from kvtwin.validate.gates import DEFAULT_GATES, Gate, parse_gates
 
 TARGET_FILE: Final = "target.toml"
 _TEXTS: Final = ("name", "hardware", "description")
 _CLOCKS: Final[Mapping[str, Literal["queued_ns", "arrival_ns"]]] = {"queued": "queued_ns", "arrival": "arrival_ns"}
 _TOP: Final = (
-    *_TEXTS, "model", "profile", "calibrate", "collectives", "tensor_parallel_size", "engine", "clock", "run", "workload",
+    *_TEXTS, "recorded", "model", "profile", "calibrate", "collectives", "tensor_parallel_size", "engine", "clock", "run", "workload",
     "workloads", "gates", "peers",
 )  # fmt: skip
 _BESIDE_RUN: Final = ("workload", "peers")
@@ -55,7 +56,7 @@ class Target:
 
     Attributes:
         path: the file.
-        facts: name, hardware, description, as far as given.
+        facts: name, hardware, description, recorded (a day, such as 2026-04-25), as far as given.
         model: the model's shape, where it is named or described.
         profile: kernel-profile folder or Profile JSON; None where `calibrate` names recordings.
         calibrate: recorded runs with steps to fit the profile on.
@@ -113,7 +114,7 @@ class _Reader:
             raise self.wrong("profile", "give either profile = PATH or calibrate = [PATH, ...]")
         return Target(
             path=self.file,
-            facts={key: self.text(table[key], key) for key in _TEXTS if key in table},
+            facts=self.facts(table),
             model=self.model(table["model"]) if "model" in table else None,
             profile=None if profile is None else self.place(profile, "profile"),
             calibrate=self.places(calibrate, "calibrate"),
@@ -123,6 +124,16 @@ class _Reader:
             workloads=self.workloads(table),
             gates=parse_gates(table["gates"], self.file) if "gates" in table else DEFAULT_GATES,
         )
+
+    def facts(self, table: Mapping[str, Any]) -> Mapping[str, str]:
+        """What is told to people; the date is TOML's own or a text."""
+        facts = {key: self.text(table[key], key) for key in _TEXTS if key in table}
+        if "recorded" in table:
+            day = iso_day(str(table["recorded"]))
+            if day is None:
+                raise self.wrong("recorded", f"{table['recorded']!r}: a date such as 2026-04-25 expected")
+            facts["recorded"] = day
+        return facts
 
     def model(self, value: Any) -> ModelSpec:
         """The name of a known model, or a table of its numbers."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -111,6 +112,23 @@ def test_peers_stand_beside_ours_and_fail_no_gate(target: Path) -> None:
     assert "&lt;i&gt;twice" in page and "<i>twice" not in page
 
 
+def test_the_age_of_the_data_is_the_oldest_recordings_or_what_the_target_says(target: Path) -> None:
+    def recorded() -> str | None:
+        shutil.rmtree(target.parent / "out", ignore_errors=True)
+        assert check(target) == 0
+        day: str | None = json.loads((target.parent / "out" / "checks.json").read_text())["target"].get("recorded")
+        return day
+
+    assert recorded() is None
+    info = json.loads((target / "recorded" / "run.json").read_text())
+    info["source"] = {"started_at": "2026-04-25T18:47:18.273385Z"}
+    (target / "recorded" / "run.json").write_text(json.dumps(info))
+    assert recorded() == "2026-04-25"
+    for text in ("2026-04-20", '"2026-04-20T23:00:00+02:00"'):
+        (target / "target.toml").write_text(f"recorded = {text}\n{TARGET}")
+        assert recorded() == "2026-04-20"
+
+
 def test_several_targets_get_a_folder_each(target: Path) -> None:
     other = target.parent / "other"
     target.rename(other)
@@ -138,6 +156,7 @@ def test_several_targets_get_a_folder_each(target: Path) -> None:
         ("[gates]", 'clock = "wall"\n[gates]', "'queued'"),
         ("[gates]", "[engine]\nmax_seqs = 3\n[gates]", "unknown setting 'max_seqs'"),
         ("[gates]", "[gates", "not readable as TOML"),
+        ("[gates]", 'recorded = "soon"\n[gates]', "a date such as"),
         ("[gates]", "peers = 'x.csv'\n[gates]", "a table of names and paths expected"),
         ("[gates]", "peers = { Vidur = 'x.csv' }\n[gates]", "no such file or folder"),
     ],
