@@ -161,7 +161,7 @@ class ShapeBank:
         """Rows of known shapes around an unknown one, and their weights, which add up to 1.
 
         Along each shape column, the nearest two that enclose it and agree in every other column; of several columns the
-        one whose two are closer counts more. Where no column has two, the nearest shapes.
+        one whose two are closer counts more. Where no column has two: of ratios the nearest shapes, of times the nearest.
 
         Returns:
             Arrays of shape (2 * number of shape columns,); what is not needed has weight 0.
@@ -179,7 +179,7 @@ class ShapeBank:
                 weights[dimension] = np.array([after, before]) / (before + after) ** 2
         if not weights.any():
             distance = ((self._log_shapes - octave(shape)) ** 2).sum(axis=1)
-            near = np.argsort(distance, kind="stable")[: rows.size]
+            near = np.argsort(distance, kind="stable")[: rows.size if self.octaves else 1]
             rows.flat[: len(near)], weights.flat[: len(near)] = near, 1.0 / distance[near]
         return rows.ravel(), weights.ravel() / weights.sum()
 
