@@ -114,7 +114,9 @@ class Trend(_Fitted):
         """See `Candidate`."""
         columns = _all_columns(samples)
         tile, slots, kernel = self._geometry(samples.work, columns, samples.time_us)
-        prices = relative_nnls(alternatives(terms(samples.work, columns, tile, slots))[kernel], samples.time_us)
+        prices = relative_nnls(
+            alternatives(terms(samples.work, columns, tile, slots), columns)[kernel], samples.time_us
+        )
         self.model_ = OperatorModel(samples.op, samples.work, samples.key, samples.constants, prices, tile, slots)
         return self
 
@@ -126,7 +128,7 @@ class Trend(_Fitted):
         few, times = {name: values[::step] for name, values in columns.items()}, time_us[::step]
         best = (np.inf, tiles[0], 0.0, 0)
         for tile, count in itertools.product(tiles, slots):
-            for kernel, found in enumerate(alternatives(terms(work, few, tile, count))):
+            for kernel, found in enumerate(alternatives(terms(work, few, tile, count), few)):
                 total = sum(price * found[name] for name, price in relative_nnls(found, times).items())
                 error = float(np.mean(np.abs(total / times - 1))) * (1.0 + _CLEARLY * kernel)
                 if error < best[0] - 1e-12:

@@ -28,6 +28,7 @@ Terms = dict[str, FloatArray]
 Work = Callable[[Columns, float, float], Terms]
 
 _PACKED: Final = ", queries packed"
+_UNCACHED_ROWS: Final = ("rows of ", "uncached queries ", "uncached keys ")
 _PIECE: Final = 128.0  # keys that a thread block takes at a time
 _SMALL_PIECE: Final = 32.0  # where no context is split
 _MIXED_PIECE: Final = 64.0  # beside prefills
@@ -150,8 +151,14 @@ def _uncached_rows(queries: FloatArray, keys: FloatArray) -> Terms:
     return terms
 
 
-def alternatives(found: Terms) -> list[Terms]:
-    """What either of two kernels would do, where they differ on these batches: the plain one, and one that packs."""
+def alternatives(found: Terms, columns: Columns) -> list[Terms]:
+    """What either of two kernels would do, where they differ on these batches: the plain one, and one that packs.
+
+    Whether rows leave a cache shows where batches of several sizes have as many; with one prompt at a time it is a step on
+    the axes of the table itself, which is interpolated better without.
+    """
+    if len(np.unique(_get(columns, "num_seqs", 1.0))) == 1:
+        found = {name: term for name, term in found.items() if not name.startswith(_UNCACHED_ROWS)}
     packed = {name for name in found if name.endswith(_PACKED)}
     plain = {name: term for name, term in found.items() if name not in packed}
     other = {name: term for name, term in found.items() if f"{name}{_PACKED}" not in packed}
