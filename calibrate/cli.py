@@ -84,8 +84,8 @@ def _add_kernel_options(group: argparse._ArgumentGroup) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from kvtwin.traces.files import refuse_existing
     from kvtwin.traces.readers.text import find_optional
-    from kvtwin.traces.run import refuse_existing
 
     if args.diff:
         return _diff(args)
@@ -154,11 +154,26 @@ def _from_runs(args: argparse.Namespace) -> Profile:
             return read_run(path)
 
         runs, test = ([read(path) for path in paths] for paths in (args.samples, args.test))
+        for path, run in zip((*args.samples, *args.test), (*runs, *test), strict=True):
+            _refuse_workload(run, path)
         evidence = args.evidence or ("steps" if all(run.has("steps") for run in runs) else "requests")
         if evidence == "steps":
             return _from_steps(args, runs, test, tell)
         _refuse_options(args, ("test",), "needs steps; request logs are judged on their later half")
         return _from_requests(args, [_log(args, run) for run in runs], tell)
+
+
+def _refuse_workload(run: Run, path: Path) -> None:
+    """Refuse what says when requests were sent, and not what became of them.
+
+    Raises:
+        InputError: no step, no first token and no end of any request.
+    """
+    ends = ("first_token_ns", "finish_ns", "client_first_token_ns", "client_finish_ns")
+    columns = [run.requests.column(name) for name in ends]
+    if not run.has("steps") and all(column.null_count == len(column) for column in columns):
+        problem = "is a workload, without times to fit on: give recordings with steps or TTFTs"
+        raise InputError(f"{problem}, or kernel tables", path=path)
 
 
 def _from_steps(args: argparse.Namespace, runs: list[Run], test: list[Run], tell: Callable[[str], None]) -> Profile:

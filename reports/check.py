@@ -6,9 +6,7 @@ import argparse
 import json
 import os
 import shlex
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -128,31 +126,26 @@ def run_targets(
         baseline: earlier outputs to compare with.
 
     Raises:
-        InputError: bad input anywhere, or `output` exists.
+        InputError: bad input anywhere, or `output` exists or cannot be written.
     """
-    from kvtwin.traces.run import refuse_existing
+    from kvtwin.traces.files import new_folder, refuse_existing, refuse_unwritable
     from kvtwin.validate import junit as junit_xml
     from kvtwin.validate.baseline import read_history
     from kvtwin.validate.target import read_target
 
     refuse_existing(output)
+    if junit is not None:
+        refuse_unwritable(junit)
     read = [read_target(path) for path in targets]  # a mistake in the last file must not cost the work on the first
     history = read_history(baseline) if baseline else None
-    output.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    try:
-        scratch.chmod(0o755)
+    with new_folder(output) as folder:
         reports = [
-            _run_target(target, path, scratch / place, None if history is None else history.get(target.name, []))
+            _run_target(target, path, folder / place, None if history is None else history.get(target.name, []))
             for target, path, place in zip(read, targets, places, strict=True)
         ]
-        junit_xml.write(reports, scratch / "junit.xml")
+        junit_xml.write(reports, folder / "junit.xml")
         if junit is not None:
             junit_xml.write(reports, junit)
-        scratch.rename(output)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
     return reports
 
 

@@ -37,9 +37,8 @@ def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
 
 def _compare(args: argparse.Namespace) -> int:
     from kvtwin.reports.pages.compare import render_comparison
-    from kvtwin.traces.files import write_text
+    from kvtwin.traces.files import refuse_existing, write_text
     from kvtwin.traces.readers import read_run
-    from kvtwin.traces.run import refuse_existing
     from kvtwin.validate.compare import compare_runs
     from kvtwin.validate.plain import to_plain
 
@@ -67,13 +66,14 @@ def _table(found: SideBySide) -> str:
     """A line per metric: the baseline's value, then each run's value and its change."""
     from kvtwin.reports.numbers import percent
     from kvtwin.reports.pages.compare import value_text
+    from kvtwin.reports.words import clock_sentence
 
     lines = [_line("", found.names[0], [(name, "change") for name in found.names[1:]])]
     for metric in found.metrics:
         values = [value_text(metric, index) for index in range(len(found.names))]
         changes = [percent(change) for change in metric.changes]
         lines.append(_line(metric.name, values[0], list(zip(values, changes, strict=True))[1:]))
-    return "\n".join([*lines, *(f"note: {note}" for note in found.notes)])
+    return "\n".join([*lines, clock_sentence(found.clock), *(f"note: {note}" for note in found.notes)])
 
 
 def _line(label: str, first: str, others: list[tuple[str, str]]) -> str:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,32 +67,24 @@ def write_site(outs: Sequence[Path], site: Path) -> list[dict[str, Any]]:
         that is shown and those of its history, oldest first.
 
     Raises:
-        InputError: an OUT holds no report, is given twice, or cannot be read; or `site` exists.
+        InputError: an OUT holds no report, is given twice, or cannot be read; or `site` exists or cannot be written.
     """
     from kvtwin.reports.pages.index import Entry, render_index
     from kvtwin.reports.pages.shell import PLOTLY_FILE, plotly_source
     from kvtwin.reports.words import title
-    from kvtwin.traces.files import write_text
-    from kvtwin.traces.run import refuse_existing
+    from kvtwin.traces.files import new_folder, refuse_existing, write_text
 
     refuse_existing(site)
     histories = _histories([check for out in outs for check in _checks_in(out)])
-    site.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{site.name}.", dir=site.parent))
-    try:
-        scratch.chmod(0o755)
+    with new_folder(site) as folder:
         entries: list[Entry] = []
         for history in histories:
             slug = _slug(title(history[-1].report), {entry.url.split("/")[1] for entry in entries})
             entry = Entry(f"targets/{slug}/index.html", tuple(check.report for check in history))
-            write_text(scratch / entry.url, _target_page(history))
+            write_text(folder / entry.url, _target_page(history))
             entries.append(entry)
-        write_text(scratch / "assets" / PLOTLY_FILE, plotly_source())
-        write_text(scratch / "index.html", render_index(entries))
-        scratch.rename(site)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
+        write_text(folder / "assets" / PLOTLY_FILE, plotly_source())
+        write_text(folder / "index.html", render_index(entries))
     return [
         {
             "name": title(entry.newest),

@@ -9,13 +9,15 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from kvtwin.sim import cache_cli
 from kvtwin.traces.errors import InputError
 
 if TYPE_CHECKING:
     from kvtwin.traces.run import Run
+
+_CLOCK: Final = "queued_ns"  # what TTFT and latency count from
 
 
 def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -48,8 +50,8 @@ def _run(args: argparse.Namespace) -> int:
     from kvtwin.sim.progress import progress_bar
     from kvtwin.sim.vllm.config import read_settings
     from kvtwin.sim.vllm.simulate import peak_rss_bytes, with_metrics
+    from kvtwin.traces.files import refuse_existing
     from kvtwin.traces.readers import read_run
-    from kvtwin.traces.run import refuse_existing
 
     refuse_existing(args.output)
     record = _recorded_tables(args.record)
@@ -121,12 +123,12 @@ def _recorded_tables(text: str) -> dict[str, bool]:
 
 
 def _summary(run: Any) -> dict[str, float]:
-    """A few numbers of the simulated run's served requests: time in ms, counts."""
+    """A few numbers of the simulated run's served requests: time in ms (from `_CLOCK` on), counts."""
     import numpy as np
 
     finished = run.requests.column("finish_ns").is_valid()
     table = run.requests.filter(finished)
-    columns = ("queued_ns", "first_token_ns", "finish_ns", "output_tokens", "num_preemptions", "cached_tokens")
+    columns = (_CLOCK, "first_token_ns", "finish_ns", "output_tokens", "num_preemptions", "cached_tokens")
     queued, first, finish, output, preemptions, cached = (table.column(name).to_numpy() for name in columns)
     if not len(queued):
         return {"num_requests": 0}
@@ -160,9 +162,10 @@ def _extrapolated(run: Any, profile: Any) -> dict[str, int]:
 
 def _print(args: argparse.Namespace, metrics: dict[str, Any]) -> None:
     if args.json:
-        print(json.dumps({"run": str(args.output), "metrics": metrics}))
+        print(json.dumps({"run": str(args.output), "clock": _CLOCK, "metrics": metrics}))
         return
     width = max(map(len, metrics))
     for name, value in metrics.items():
         print(f"{name:{width}} {value:>16,}")
+    print(f"ttft and latency count from {_CLOCK}, when the engine's loop took the request in")
     print(f"written to {args.output}")

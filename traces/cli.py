@@ -68,8 +68,8 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _import(args: argparse.Namespace) -> int:
+    from kvtwin.traces.files import refuse_existing
     from kvtwin.traces.readers import detect, read_run
-    from kvtwin.traces.run import refuse_existing
 
     refuse_existing(args.output)
     name = args.format or detect(args.path)

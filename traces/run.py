@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kvtwin.traces.errors import InputError
+from kvtwin.traces.files import new_folder
 from kvtwin.traces.schema import SCHEMA_VERSION, TABLES
 from kvtwin.traces.table import check_table
 
@@ -125,37 +125,19 @@ class Run:
             beside: files to copy into it, by the names that they get there.
 
         Raises:
-            InputError: `path` exists.
+            InputError: `path` exists, or cannot be written.
         """
         target = Path(path)
-        refuse_existing(target)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        try:
-            scratch.chmod(0o755)
-            tables = {key: self._table(key) for key in TABLES if self.has(key)}
+        tables = {key: self._table(key) for key in TABLES if self.has(key)}
+        with new_folder(target) as folder:
             for key, table in tables.items():
-                pq.write_table(table, scratch / f"{key}.parquet", compression="zstd")
+                pq.write_table(table, folder / f"{key}.parquet", compression="zstd")
             head = {"schema_version": SCHEMA_VERSION, **_as_dict(self.info)}
             head["rows"] = {key: table.num_rows for key, table in tables.items()}
-            (scratch / INFO_FILE).write_text(json.dumps(head, indent=1) + "\n", encoding="utf-8")
+            (folder / INFO_FILE).write_text(json.dumps(head, indent=1) + "\n", encoding="utf-8")
             for name, file in (beside or {}).items():
-                shutil.copyfile(file, scratch / name)
-            scratch.rename(target)
-        except BaseException:
-            shutil.rmtree(scratch, ignore_errors=True)
-            raise
+                shutil.copyfile(file, folder / name)
         return target
-
-
-def refuse_existing(path: Path) -> None:
-    """Refuse an output path that exists, so that nothing is ever overwritten by accident.
-
-    Raises:
-        InputError: it exists.
-    """
-    if path.exists():
-        raise InputError("exists already: give a new path, or remove it first", path=path)
 
 
 def read_table(path: Path, key: str) -> pa.Table:

@@ -23,8 +23,7 @@ from kvtwin.sim.latency.operators import OperatorTable
 from kvtwin.sim.latency.regression import RegressionLatency
 from kvtwin.sim.latency.stats import BatchStats
 from kvtwin.traces.errors import InputError
-from kvtwin.traces.files import write_text
-from kvtwin.traces.run import refuse_existing
+from kvtwin.traces.files import refuse_existing, write_text
 
 T = TypeVar("T")
 

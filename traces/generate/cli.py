@@ -113,9 +113,9 @@ def _spec(args: argparse.Namespace) -> Conversations:
 
 
 def _generate(args: argparse.Namespace) -> int:
+    from kvtwin.traces.files import refuse_existing
     from kvtwin.traces.generate.conversations import generate
     from kvtwin.traces.readers.mooncake import HASH_BLOCK_TOKENS
-    from kvtwin.traces.run import refuse_existing
     from kvtwin.traces.time import to_seconds
     from kvtwin.traces.writers.mooncake import write_mooncake
 

@@ -27,6 +27,7 @@ from kvtwin.traces.readers import (
 from kvtwin.traces.readers.peers import blis, sglang_simulator
 from kvtwin.traces.readers.peers import llmservingsim as llmservingsim_requests
 from kvtwin.traces.readers.peers import vidur as vidur_requests
+from kvtwin.traces.readers.summary import is_summary
 from kvtwin.traces.readers.text import find_optional, read_json, read_jsonl, read_lines
 from kvtwin.traces.run import INFO_FILE, MAX_HASH_BLOCK_TOKENS, Run
 
@@ -100,6 +101,11 @@ def detect(path: str | os.PathLike[str]) -> str:
     if not place.exists():
         raise InputError("no such file or folder", path=place)
     name = _detect_folder(place) if place.is_dir() else _detect_file(place)
+    if name is None and is_summary(place):
+        problem = (
+            "holds aggregates (means, quantiles), where every request is needed: they can only be what is predicted"
+        )
+        raise InputError(f"{problem} (kvtwin validate e2e RECORDED {place.name})", path=place)
     if name is None:
         raise InputError(f"not a format that kvtwin reads; known: {', '.join(READERS)}", path=place)
     return name

@@ -45,10 +45,17 @@ def _run(args: argparse.Namespace) -> int:
     if len(found) > 1:
         _print_side_by_side(found, args)
     elif args.json:
-        common.print_json({"checks": found[0][1]})
+        common.print_json({"clock": _clock(args), "checks": found[0][1]})
     else:
         common.print_checks(found[0][1])
+    if not args.json:
+        print(f"TTFT and latency count from {_clock(args)}")
     return max(common.verdict_code(checks) for _, checks in found)
+
+
+def _clock(args: argparse.Namespace) -> str:
+    """The column that times count from."""
+    return f"{args.clock}_ns"
 
 
 def _compare(args: argparse.Namespace, measured: Any, path: Path) -> list[Check]:
@@ -58,7 +65,7 @@ def _compare(args: argparse.Namespace, measured: Any, path: Path) -> list[Check]
 
     options: dict[str, Any] = {
         "name": args.measured.name,
-        "clock": f"{args.clock}_ns",
+        "clock": _clock(args),
         "gates": common.read_gates(args),
     }
     if args.unpaired:
@@ -70,7 +77,9 @@ def _compare(args: argparse.Namespace, measured: Any, path: Path) -> list[Check]
 def _print_side_by_side(found: list[tuple[str, list[Check]]], args: argparse.Namespace) -> None:
     """Several predictions of one recording: a column for each, its value and its error."""
     if args.json:
-        common.print_json({"predictions": [{"predicted": path, "checks": checks} for path, checks in found]})
+        common.print_json(
+            {"clock": _clock(args), "predictions": [{"predicted": path, "checks": checks} for path, checks in found]}
+        )
         return
     for index, (path, _) in enumerate(found, 1):
         print(f"({index}) {path}")
