@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from kvtwin.calibrate.kernels.accuracy import kernel_accuracy
-from kvtwin.calibrate.kernels.table import Table, filled, fitted_prefill, hardware_of
+from kvtwin.calibrate.kernels.table import Table, filled, fitted_prefill
 from kvtwin.calibrate.kernels.uneven import describe_unsplit, first_unsplit_of, unevenness, unsplit_decodes
 from kvtwin.calibrate.models import ModelSpec
 from kvtwin.calibrate.prefills import several_prefills
@@ -216,7 +216,7 @@ def _prefill_grids(prefill: Table, kernels: KernelProfile, model: ModelSpec) -> 
     times = found.model.time_us({"chunk": chunk, "prefix": prefix, **keys})
     return {
         "prefill": Grid([chunks.tolist(), prefixes.tolist()], times.reshape(len(chunks), len(prefixes))),
-        "several": several_prefills(found, chunks, {}, hardware_of(kernels)),
+        "several": several_prefills(found, chunks, {}),
     }
 
 

@@ -76,7 +76,7 @@ def compose_tables(
         sequences=_summed([(dense, fits.fitted[dense.op]) for dense in recipe.per_request], bytes_per_us),
         decode=decode,
         prefill=prefill,
-        several=several_prefills(fits.fitted[recipe.prefill], prefill.axes[0], heads, device),
+        several=several_prefills(fits.fitted[recipe.prefill], prefill.axes[0], heads),
         increment=_beside_prompts(decode),
         unevenness_decode=_NO_COST,
         unevenness_mixed=_NO_COST,

@@ -125,8 +125,8 @@ def test_prompts_that_share_a_step_cost_less_than_one_with_as_many_tokens(measur
     latency = latency_of(kernel_profile(attention=attention_of(prefills)))
     one, four = (latency.attention_us(BatchStats.of_batch([0] * n, [2048 // n] * n))[0] for n in (1, 4))
     assert one == pytest.approx(pairs_us(2048, 0), rel=0.03)
-    # Where they were not measured, the trend of one prefill tells: its blocks, not only its pairs.
-    assert four == pytest.approx(pairs_us(2048, -1024 + 256), rel=0.03 if measured_several else 0.25)
+    # Where they were not measured, one prefill of as many tokens tells, by the share of its pairs.
+    assert four == pytest.approx(pairs_us(2048, -1024 + 256), rel=0.03 if measured_several else 0.15)
 
 
 def test_tensor_parallelism_needs_collectives_and_adds_two_per_layer() -> None:
