@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from kvtwin.reports.numbers import percent
+from kvtwin.reports.words import AnyReport
 from kvtwin.validate.notes import loud_words
-from kvtwin.validate.result import Attribution, ScheduleFinding, TargetReport
+from kvtwin.validate.result import Attribution, ScheduleFinding
 
 _LOOK_AT: Final[Mapping[str, str]] = {
     "units": "times are read in another unit than they are in",
@@ -24,12 +25,12 @@ _LOOK_AT: Final[Mapping[str, str]] = {
 }
 
 
-def causes(report: TargetReport) -> list[str]:
+def causes(report: AnyReport) -> list[str]:
     """Which layer causes the errors of the means, a line per run and layer; none where nobody is to blame."""
     found: dict[tuple[str, str], list[Attribution]] = {}
     for attribution in report.attributions:
-        alone = len(attribution.parts) == 1  # a layer's own measure
-        if attribution.blamed is not None and (alone or attribution.metric.endswith("_mean")):
+        is_mean = not attribution.metric.endswith(("_p50", "_p90", "throughput"))  # or a layer's own measure
+        if attribution.blamed is not None and is_mean:
             found.setdefault((attribution.run, attribution.blamed), []).append(attribution)
     schedules = {schedule.run: schedule for schedule in report.schedules}
     return [_line(run, layer, rows, schedules.get(run)) for (run, layer), rows in found.items()]
@@ -37,10 +38,13 @@ def causes(report: TargetReport) -> list[str]:
 
 def _line(run: str, layer: str, rows: Sequence[Attribution], schedule: ScheduleFinding | None) -> str:
     errors = ", ".join(f"{row.metric} {percent(_change(row, layer), signed=True)}" for row in rows)
-    words = [_LOOK_AT[layer], *dict.fromkeys(word for row in rows for word in loud_words(row.note))]
+    words = [
+        *filter(None, [_LOOK_AT.get(layer)]),
+        *dict.fromkeys(word.removeprefix("step times: ") for row in rows for word in loud_words(row.note)),
+    ]
     if layer in ("schedule", "cache and schedule") and schedule is not None:
         words += _first_divergence(schedule)
-    return f"{run}: {layer} ({errors}): {'; '.join(words)}"
+    return f"{run}: {layer} ({errors}){': ' if words else ''}{'; '.join(words)}"
 
 
 def _change(row: Attribution, layer: str) -> float:
@@ -59,5 +63,9 @@ def _first_divergence(schedule: ScheduleFinding) -> Iterator[str]:
 
 
 def _num_tokens(step: Mapping[str, Any]) -> int | None:
-    """New tokens that the step computes; None where there is no such step."""
-    return sum(input_len for _, _, input_len in step["batch"]) if step else None
+    """New tokens that the step computes; None where there is no such step, or a file holds something else."""
+    batch = step.get("batch")
+    try:
+        return sum(int(input_len) for _, _, input_len in batch) if batch else None
+    except (TypeError, ValueError):
+        return None
