@@ -107,6 +107,16 @@ def noise_floor_sentence(repeats: Sequence[str]) -> str:
     )
 
 
+def sentence_case(text: str) -> str:
+    """A remark as a sentence begins; a name such as arrival_ns stays as it is written.
+
+    >>> sentence_case("cache hits are as recorded"), sentence_case("arrival_ns lies early"), sentence_case("")
+    ('Cache hits are as recorded', 'arrival_ns lies early', '')
+    """
+    first, _, _ = text.partition(" ")
+    return text if "_" in first else text[:1].upper() + text[1:]
+
+
 def clock_sentence(clock: Literal["queued_ns", "arrival_ns"]) -> str:
     """Which clock TTFT and latency start at."""
     return f"TTFT and latency count {_CLOCKS[clock]}."

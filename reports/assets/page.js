@@ -129,6 +129,7 @@
   const specs = JSON.parse(holder.textContent);
   const plots = [...document.querySelectorAll(".plot")];
   const drawn = new Set();
+  const NARROW = matchMedia("(max-width: 48rem)"); // as in page.css: there, some figures have a form of their own
   const config = { responsive: true, displayModeBar: false }; // dragging zooms, a double click shows all again
 
   // plotly knows no CSS variables: every "var(--name)" becomes the colour that the theme gives it now.
@@ -159,7 +160,7 @@
   }
 
   async function draw(plot) {
-    const spec = themed(specs[plot.id], palette());
+    const spec = themed((NARROW.matches && specs[plot.id].narrow) || specs[plot.id], palette());
     spec.layout.font.family = getComputedStyle(document.body).fontFamily;
     drawn.add(plot);
     await Plotly.react(plot, spec.data, spec.layout, config);
@@ -196,7 +197,9 @@
       }
     }, { rootMargin: "500px" });
     plots.forEach((plot) => observer.observe(plot)); // a page of many runs draws what is looked at
-    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => drawn.forEach(draw));
+    [matchMedia("(prefers-color-scheme: dark)"), NARROW].forEach((media) => {
+      media.addEventListener("change", () => drawn.forEach(draw));
+    });
     addEventListener("beforeprint", () => plots.filter((plot) => !drawn.has(plot)).forEach(draw));
   }
 

@@ -9,7 +9,7 @@ from typing import Any, Final
 from kvtwin.reports.numbers import number, percent
 from kvtwin.reports.pages.markup import Table, facts, plain_table, text, typeset
 from kvtwin.reports.pages.plots import Figure, figure_html, layout, log_axis, plotly_text, specs_of
-from kvtwin.reports.pages.shell import render_page, sidebar
+from kvtwin.reports.pages.shell import contents_of, render_page
 from kvtwin.validate.compare import Metric, SideBySide
 
 _TIMES: Final = {
@@ -68,7 +68,7 @@ def render_comparison(found: SideBySide) -> str:
     )
     title = " / ".join(found.names)
     links = {key: name for key, (name, _) in sections.items()}
-    return render_page(title, _header(found, title), main, specs_of("all", figures), sidebar=sidebar(links))
+    return render_page(title, _header(found, title), main, specs_of("all", figures), contents=contents_of(links))
 
 
 def _header(found: SideBySide, title: str) -> str:
@@ -80,7 +80,7 @@ def _header(found: SideBySide, title: str) -> str:
     ]
     return f"""<p class="brand"><b>kvtwin</b> runs side by side</p>
 <h1>{text(title)}</h1>{notes}
-{facts(shown)}"""
+{facts((key, text(value)) for key, value in shown)}"""
 
 
 def _cards(found: SideBySide) -> str:

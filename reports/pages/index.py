@@ -10,11 +10,11 @@ from kvtwin.reports.pages.checks_table import column_heads, filter_form, number_
 from kvtwin.reports.pages.headline import METRICS, Headline, gates_held, headlines, limits
 from kvtwin.reports.pages.markup import text, typeset, verdict_badge, verdict_class
 from kvtwin.reports.pages.shell import render_page
-from kvtwin.reports.pages.trend import date_of, sparkline
+from kvtwin.reports.pages.trend import date_of, dated, recorded_on, sparkline
 from kvtwin.reports.words import title, verdict_word
 from kvtwin.validate.checks_json import StoredReport
 
-_SHOWN = ("step_mape", "ttft_mean", "ttft_p90", "tpot_mean")
+_SHOWN = ("step_mape", "ttft_mean", "tpot_mean")
 _HEADS = (
     ("Verdict", "text", True),
     ("Target", "text", True),
@@ -23,6 +23,7 @@ _HEADS = (
     *((METRICS[metric], "number", False) for metric in _SHOWN),
     ("Gates held", "number", False),
     ("Trend", "", False),
+    ("Data age", "text", True),
     ("Checked", "text", True),
 )
 
@@ -59,7 +60,8 @@ def render_index(entries: Sequence[Entry]) -> str:
 {filter_form("targets", ("verdict", "hardware", "engine"), "name, model ...")}
 <div class="panel scroll" tabindex="0" role="region" aria-label="Table of targets">
 <table id="targets" class="sortable"><caption>Errors are simulated / measured &minus; 1 of the newest report, from the
-smallest to the largest of its recorded runs; sorted by the largest size</caption>
+smallest to the largest of its recorded runs; a column sorts by the largest in size. Data age: since the oldest
+recording was made.</caption>
 <thead><tr>{column_heads(_HEADS)}</tr></thead>
 <tbody>
 {"".join(_row(entry) for entry in entries)}</tbody></table></div>
@@ -82,7 +84,8 @@ def _row(entry: Entry) -> str:
         *(_metric_cell(found, metric) for metric in _SHOWN),
         number_cell(held / gates if gates else None, f"{held} of {gates}"),
         f"<td>{sparkline(entry.history)}</td>",
-        f'<td class="text" data-value="{text(report.created or "")}">{_date(report)}</td>',
+        _data_age(report),
+        f'<td class="text date" data-value="{text(report.created or "")}">{_date(report)}</td>',
     ]
     data = {"verdict": verdict, "hardware": facts.get("hardware", ""), "engine": facts.get("engine", "")}
     attributes = " ".join(f'data-{key}="{text(value)}"' for key, value in data.items())
@@ -105,4 +108,12 @@ def _date(report: StoredReport) -> str:
     """The date; the script adds how long ago that is."""
     if report.created is None:
         return date_of(report)
-    return f'<time datetime="{text(report.created)}" title="{date_of(report)} UTC">{date_of(report)[:10]}</time>'
+    return dated(report.created, date_of(report)[:10], f"{date_of(report)} UTC")
+
+
+def _data_age(report: StoredReport) -> str:
+    """When the oldest recording was made."""
+    day = recorded_on(report)
+    if day is None:
+        return '<td class="text date" data-value="" title="no recording says when it was made, nor does target.toml">unknown</td>'
+    return f'<td class="text date" data-value="{day}">{dated(day, day, "day of the oldest recording")}</td>'

@@ -91,8 +91,8 @@ def records(value: Any) -> str:
 
 
 def facts(pairs: Iterable[tuple[str, str]]) -> str:
-    """Short facts side by side."""
-    items = "".join(f"<div><dt>{text(key)}</dt><dd>{text(value)}</dd></div>" for key, value in pairs)
+    """Short facts side by side: a name as text, and its value as markup."""
+    items = "".join(f"<div><dt>{text(key)}</dt><dd>{value}</dd></div>" for key, value in pairs)
     return f'<dl class="facts">{items}</dl>'
 
 

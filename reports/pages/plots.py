@@ -29,6 +29,7 @@ class Figure:
         spec: `data` and `layout` for plotly.js; None when there is nothing to draw, and `text` says why.
         table: the numbers, for those who cannot see the figure or want them.
         columns: how many of the 12 columns of the grid it takes.
+        notes: remarks to read with it.
     """
 
     key: str
@@ -37,6 +38,7 @@ class Figure:
     spec: Mapping[str, Any] | None
     table: Table | None = None
     columns: int = 4
+    notes: Sequence[str] = ()
 
 
 def figure_html(prefix: str, figure: Figure) -> str:
@@ -46,9 +48,11 @@ def figure_html(prefix: str, figure: Figure) -> str:
     if figure.spec is not None:
         plot = f'<div class="plot" id="{key}" role="img" aria-label="{text(f"{figure.title}. {figure.text}")}"></div>'
     numbers = folded_table(figure.table) if figure.table else ""
+    notes = "".join(f"<li>{typeset(note)}</li>" for note in figure.notes)
+    remarks = f'<ul class="notes">{notes}</ul>' if notes else ""
     empty = " empty" if figure.spec is None else ""
     return f"""<figure class="panel c{figure.columns}{empty}"><figcaption><h4>{text(figure.title)}</h4>
-<p>{typeset(figure.text)}</p></figcaption>{plot}{numbers}</figure>
+<p>{typeset(figure.text)}</p></figcaption>{plot}{remarks}{numbers}</figure>
 """
 
 

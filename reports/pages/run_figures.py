@@ -31,7 +31,7 @@ _LATENCIES = {
     "itl": "Inter-token latency (ITL)",
     "latency": "End-to-end latency",
 }
-_LOG_AXIS_FROM_RATIO = 20  # p99 / p1 of a distribution from which a linear axis hides its lower part
+_LOG_AXIS_FROM_RATIO = 6  # p99 / p1 of a distribution from which a linear axis hides its lower part
 _COUNTS = {"running": "running", "waiting": "waiting", "kv_blocks": "KV blocks"}
 _QUANTILES = {"p1": 0.01, "p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99, "largest": 1.0}
 

@@ -22,13 +22,13 @@ _THEME_BUTTON = """<button type="button" id="theme" class="theme" hidden>Theme: 
 
 
 def render_page(
-    title: str, header: str, main: str, specs: Mapping[str, Any], *, sidebar: str = "", plotly_url: str | None = None
+    title: str, header: str, main: str, specs: Mapping[str, Any], *, contents: str = "", plotly_url: str | None = None
 ) -> str:
     """One whole page; the same content gives the same bytes.
 
     Args:
         title: of the document, as plain text.
-        header, main, sidebar: markup.
+        header, main, contents: markup.
         specs: plotly specifications by the id of the element they are drawn in.
         plotly_url: where plotly.js lies, relative to the page; None packs it into the page.
     """
@@ -58,10 +58,9 @@ def render_page(
 <body>
 <a class="skip" href="#main">Skip to the content</a>
 <header class="top"><div class="wrap">{_THEME_BUTTON}{header}</div></header>
-<div class="wrap columns">{sidebar}
-<main id="main" tabindex="-1">
+{contents}<main class="wrap" id="main" tabindex="-1">
 {main}
-</main></div>
+</main>
 <footer class="wrap">Made by kvtwin. This page needs no network; figures are drawn with plotly.js (MIT licence).</footer>
 <script type="application/json" id="figures"{linked}>{script_json(specs)}</script>
 {plotly}<script>{script}</script>
@@ -70,10 +69,10 @@ def render_page(
 """
 
 
-def sidebar(links: Mapping[str, str]) -> str:
-    """The page's contents beside it: id of each section and its name."""
+def contents_of(links: Mapping[str, str]) -> str:
+    """The page's contents above it: id of each section and its name."""
     items = "".join(f'<li><a href="#{key}">{text(name)}</a></li>' for key, name in links.items())
-    return f'<nav class="sidebar" aria-label="On this page"><ul>{items}</ul></nav>'
+    return f'<nav class="contents" aria-label="On this page"><ul class="wrap">{items}</ul></nav>\n'
 
 
 @cache

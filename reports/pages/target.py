@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvtwin.reports.aggregate.document import Figures, RunFigures
+from kvtwin.reports.causes import causes
 from kvtwin.reports.numbers import MISSING, count, number, percent
-from kvtwin.reports.pages.causes import schedule_html, waterfall_figure
 from kvtwin.reports.pages.checks_table import checks_section
 from kvtwin.reports.pages.headline import METRICS, gates_held, headlines, limits
 from kvtwin.reports.pages.markup import (
@@ -22,8 +22,10 @@ from kvtwin.reports.pages.markup import (
 )
 from kvtwin.reports.pages.plots import Figure, figure_html, specs_of
 from kvtwin.reports.pages.run_figures import figures_of_run
-from kvtwin.reports.pages.shell import render_page, sidebar
-from kvtwin.reports.pages.trend import date_of, trend_figure
+from kvtwin.reports.pages.schedules import schedule_html
+from kvtwin.reports.pages.shell import contents_of, render_page
+from kvtwin.reports.pages.trend import date_of, dated, recorded_on, trend_figure
+from kvtwin.reports.pages.waterfall import waterfall_figure
 from kvtwin.reports.peers import PeerTable, peer_tables
 from kvtwin.reports.words import clock_sentence, noise_floor_sentence, summary, title, verdict_word
 from kvtwin.validate.checks_json import StoredReport
@@ -58,6 +60,7 @@ def render_target(
     runs = [_run_section(index, name, report, drawn.get(name)) for index, name in enumerate(report.comparisons)]
     sections = [
         _cards(report),
+        _causes(report),
         checks_section(report.checks),
         _drifts_section(report.drifts),
         f'<section aria-labelledby="runs"><h2 id="runs">Recorded runs</h2>{_run_picker(report)}{"".join(runs)}</section>',
@@ -78,7 +81,7 @@ def render_target(
         _header(report, index_url),
         "\n".join(section for section in sections if section),
         specs,
-        sidebar=sidebar(links),
+        contents=contents_of(links),
         plotly_url=plotly_url,
     )
 
@@ -86,14 +89,18 @@ def render_target(
 def _drawn(run: RunFigures, report: StoredReport) -> list[Figure]:
     """The run's figures, the causes of its errors before its cache."""
     *figures, cache = figures_of_run(run)
-    return [*figures, waterfall_figure([found for found in report.attributions if found.run == run.name]), cache]
+    attributions = [found for found in report.attributions if found.run == run.name]
+    checks = [check for check in report.checks if check.run == run.name]
+    return [*figures, waterfall_figure(attributions, checks), cache]
 
 
 def _header(report: StoredReport, index_url: str | None) -> str:
     back = f'<a href="{text(index_url)}">All targets</a> / ' if index_url else ""
-    shown = [(key.capitalize(), report.target[key]) for key in _FACTS if report.target.get(key)]
-    shown += [("Checked", f"{date_of(report)} UTC" if report.created else date_of(report))]
-    shown += [("Recorded runs", str(len(report.comparisons))), ("Checks", str(len(report.checks)))]
+    shown = [(key.capitalize(), text(report.target[key])) for key in _FACTS if report.target.get(key)]
+    day = recorded_on(report)
+    shown += [("Oldest recording", "unknown date" if day is None else dated(day, day))]
+    shown += [("Checked", dated(report.created, f"{date_of(report)} UTC") if report.created else date_of(report))]
+    shown.append(("Compared", f"{count(len(report.comparisons), 'run')}, {count(len(report.checks), 'check')}"))
     description = report.target.get("description", "")
     return f"""<p class="brand">{back}<b>kvtwin</b> fidelity report</p>
 <h1>{text(title(report))}</h1>
@@ -119,6 +126,15 @@ def _cards(report: StoredReport) -> str:
         f"<span>{'hold' if gates else 'no gate is set'}</span></li>"
     )
     return f'<ul class="cards" aria-label="Headline errors">{"".join(cards)}</ul>'
+
+
+def _causes(report: StoredReport) -> str:
+    """Which layer causes errors, and what to look at; nothing where nobody is to blame."""
+    lines = "".join(f"<li>{typeset(line)}</li>" for line in causes(report))
+    if not lines:
+        return ""
+    return f"""<section class="panel causes" aria-labelledby="causes"><h2 id="causes">What the errors come from</h2>
+<ul>{lines}</ul></section>"""
 
 
 def _drifts_section(drifts: Sequence[Drift]) -> str:

@@ -10,6 +10,7 @@ from kvtwin.reports.pages.headline import METRICS, gates_held, headlines, size_t
 from kvtwin.reports.pages.markup import MARKS, Table, text
 from kvtwin.reports.pages.plots import Figure, layout
 from kvtwin.reports.words import verdict_word
+from kvtwin.traces.time import iso_day
 from kvtwin.validate.checks_json import StoredReport
 
 _COLOURS = ("all", "measured", "simulated", "prefill", "decode", "mixed")
@@ -20,6 +21,17 @@ _SPARK = (96, 22)  # width and height
 def date_of(report: StoredReport) -> str:
     """The day and minute of a report, or that it is unknown."""
     return "unknown date" if report.created is None else f"{report.created[:10]} {report.created[11:16]}"
+
+
+def recorded_on(report: StoredReport) -> str | None:
+    """The day of the oldest recording; None where it is unknown."""
+    return iso_day(report.target.get("recorded", ""))
+
+
+def dated(iso: str, shown: str, hover: str = "") -> str:
+    """A date; the script adds how long ago it is."""
+    title = f' title="{text(hover)}"' if hover else ""
+    return f'<time datetime="{text(iso)}"{title}>{text(shown)}</time>'
 
 
 def trend_figure(history: Sequence[StoredReport]) -> Figure:

@@ -53,7 +53,7 @@ def test_colour_only_on_a_terminal_that_wants_it(report: TargetReport, monkeypat
 def test_text_from_files_cannot_steer_the_terminal(hostile_report: TargetReport) -> None:
     text = render_terminal(hostile_report, width=10)
     assert "\x1b" not in text
-    assert len(text.splitlines()) == 3 + 2 + 4 + 1
+    assert len(text.splitlines()) == 3 + 2 + 4 + 3 + 1
 
 
 def test_no_checks() -> None:
