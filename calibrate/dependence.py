@@ -17,7 +17,7 @@ FloatArray = npt.NDArray[np.float64]
 _FEW_ROWS: Final = 5  # dependence cannot be seen in fewer
 _LEAST_WAVES: Final = 4
 _WAVES: Final = 0.06  # x n^(2/3) waves
-_BLOCK: Final = 16  # rows
+_BLOCK: Final = 16  # rows, at most
 _LEAST_BLOCKS: Final = 24
 _BLOCKS_PER_WAVE: Final = 6
 
@@ -39,13 +39,14 @@ class MeanVariance:
     skewness: float = 0.0
 
 
-def variance_of_mean(series: FloatArray, *, independent: bool = False) -> MeanVariance:
+def variance_of_mean(series: FloatArray, *, independent: bool = False, bounded: bool = False) -> MeanVariance:
     """How the mean of `series`, shape (n,), varies; rows in the order in which they depend on one another.
 
     1. An AR(1) is taken out, so that what is left is nearly flat (Andrews & Monahan 1992). Its coefficient is the
        correlation of neighbours, corrected for its bias (1 + 3 rho) / n (Kendall 1954) and bounded by 0 and
-       1 - 1 / sqrt(n) (Sul, Phillips & Choi 2005). Then another is taken out of the sums of 16 rows where theirs is
-       more than chance: a slow wave of load under rows that each have a size of their own shows in sums only.
+       1 - 1 / sqrt(n) (Sul, Phillips & Choi 2005). Then another is taken out of the sums of 16 rows (of fewer, so that
+       there are 24 sums) where theirs is more than chance: a slow wave of load under rows that each have a size of
+       their own shows in sums only.
     2. The spectrum of the rest at zero is the mean square of its first B cosine coefficients (Mueller 2007; Lazarus,
        Lewis, Stock & Watson 2018, "HAR inference"), B = 0.06 n^(2/3) and at least 4: fewer than the 0.4 n^(2/3) of
        that paper, because queues have longer memories than macroeconomic series. The AR(1) is then put back.
@@ -58,6 +59,7 @@ def variance_of_mean(series: FloatArray, *, independent: bool = False) -> MeanVa
         series: the rows.
         independent: whether they are known not to depend on one another; then 1. falls away and B is n - 1, which
             makes the variance the usual s^2 / n. So it is for fewer than five rows.
+        bounded: whether no row can pull much harder than the others; then no kurtosis and no skewness.
 
     Returns:
         A variance of 0 where all rows are alike, an infinite one for a single row.
@@ -70,7 +72,7 @@ def variance_of_mean(series: FloatArray, *, independent: bool = False) -> MeanVa
         return MeanVariance(0.0, np.inf, float(n))
     waves = len(slow.waves)
     level = float(np.mean(slow.waves**2))
-    tails, skewness = _shape_of_sums(slow.rest, waves)
+    tails, skewness = (0.0, 0.0) if bounded else _shape_of_sums(slow.rest, waves)
     doubt = 2 / waves + tails + slow.doubt
     rows = min(float(n), n * float(np.var(series)) / level) if level > 0 else float(n)
     return MeanVariance(level / n, max(2 / doubt, 1.0), rows, skewness)
@@ -116,9 +118,10 @@ class _SlowPart:
             rest, rho = _without_neighbours(rest)
             waves = min(max(_LEAST_WAVES, int(_WAVES * len(rest) ** (2 / 3))), len(rest) - 1)
             gain, doubt = 1 / (1 - rho), _doubt_of(rho, n)
-            blocks = _sums(rest, len(rest) // _BLOCK)
-            if len(blocks) >= _LEAST_BLOCKS and correlation_of_neighbours(blocks) > 1 / np.sqrt(len(blocks)):
-                gain /= np.sqrt(len(rest) / len(blocks))  # a sum of 16 rows varies by 16 times as much
+            rows = min(len(rest) // _LEAST_BLOCKS, _BLOCK)
+            blocks = _sums(rest, len(rest) // rows if rows > 1 else 0)
+            if len(blocks) and correlation_of_neighbours(blocks) > 1 / np.sqrt(len(blocks)):
+                gain /= np.sqrt(len(rest) / len(blocks))  # a sum of 16 rows varies by 16 times as much as one
                 rest, rho = _without_neighbours(blocks)
                 gain, doubt = gain / (1 - rho), doubt + _doubt_of(rho, len(blocks))
         found: FloatArray = gain * dct(rest, type=2, norm="ortho")[1 : waves + 1]  # orthonormal

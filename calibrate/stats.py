@@ -8,14 +8,14 @@ one number per row (Hampel 1974; the infinitesimal jackknife). Their mean varies
 is that of a mean over rows that depend on their neighbours (`dependence`), and the interval is Student's on the
 logarithm, where a ratio cannot become negative. Nothing is drawn: the same rows give the same interval.
 
-Two things make an interval lopsided. A mean that few rows carry is skewed (`around`). And the errors of requests that
-wait for one another hang on how busy the run was, of which a short run says little (`Statistic.stretch`).
+Two things make an interval lopsided. A mean that few rows carry is skewed (`around`). And what a short run lacks, the
+worst spells of load and the largest rows of a tail, would have moved it to one side (`Statistic.stretch`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Final
 
@@ -24,10 +24,10 @@ import numpy.typing as npt
 
 from kvtwin.calibrate.dependence import (
     MeanVariance,
-    correlation_of_neighbours,
     slow_correlation,
     variance_of_mean,
 )
+from kvtwin.calibrate.quantiles import SmoothQuantiles
 from kvtwin.traces import rng
 
 FloatArray = npt.NDArray[np.float64]
@@ -37,18 +37,27 @@ stream = rng.stream  # one of its own for each name: one more draw shifts no oth
 
 @dataclass(frozen=True)
 class Load:
-    """How busy it was at each row, told by something with its memory.
+    """How busy it was at each row, told on both sides by a time that grows with it.
 
     Attributes:
-        values: shape (n,).
+        measured, simulated: shape (n,).
     """
 
-    values: FloatArray
+    measured: FloatArray
+    simulated: FloatArray
 
     @cached_property
     def num_seen(self) -> float:
         """How many independent loads there are: at most as many as rows."""
-        return variance_of_mean(self.values).rows
+        return variance_of_mean(self.measured).rows
+
+    def followed_by(self, influence: FloatArray) -> float:
+        """How an influence follows the load over long stretches: the smaller correlation with the two sides' times.
+
+        0 where it rises with the one and falls with the other: that is the noise of one side, not the load of both.
+        """
+        one, other = (slow_correlation(influence, times) for times in (self.measured, self.simulated))
+        return min(one, other, key=abs) if one * other > 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,7 @@ class Statistic:
             another (arrival, time).
         num_rows: how many of them the value rests on.
         is_error: whether the value is `level` - 1.
-        tail: of a quantile, the share of rows beyond it; 1 for a mean.
+        quantile: which one it is; None for a mean.
         spread: how much larger the variance is than the influence shows.
         load: of the same rows, where errors may hang on it; None where not.
     """
@@ -73,52 +82,55 @@ class Statistic:
     influence: FloatArray
     num_rows: int
     is_error: bool
-    tail: float = 1.0
+    quantile: float | None = None
     spread: float = 1.0
     load: Load | None = None
 
     @cached_property
     def variance(self) -> MeanVariance:
         """Of the logarithm of `level`."""
-        return self.scaled(variance_of_mean(self.influence))
+        # Between two columns of the same rows the density around a quantile cancels, and its noise with it.
+        bounded = self.quantile is not None and self.is_error
+        return self.scaled(variance_of_mean(self.influence, bounded=bounded))
 
     def scaled(self, found: MeanVariance) -> MeanVariance:
         """The variance of the influence's mean as that of `level`'s logarithm.
 
         A quantile is not skewed, for no row pulls at it by more than its place.
         """
-        skewness = found.skewness if self.tail == 1 else 0.0
+        skewness = found.skewness if self.quantile is None else 0.0
         return MeanVariance(found.variance * self.spread, found.dof, found.rows, skewness)
 
     def stretch(self) -> tuple[float, float]:
-        """By what the two sides of the interval are longer, because errors may hang on the load.
+        """By what the lower and the upper side of the interval are longer."""
+        if self.load is not None:
+            return self._towards_load(self.load)
+        if self.quantile is not None and not self.is_error and self.quantile > 0.5:
+            # A sample that lacks the largest rows shows a tail that is too short *and* varies too little.
+            beyond = (1 - self.quantile) * self.variance.rows
+            return 1.0, 1 + 1 / (1 + 2 * beyond)
+        return 1.0, 1.0
+
+    def _towards_load(self, load: Load) -> tuple[float, float]:
+        """The same where errors may hang on the load.
 
         Where a request waits for those before it, busy spells are long, few and unequal, and most short runs lack the
         worst of them (Whitt 1989, "Planning queueing simulations"): such a run shows errors that are too small *and*
         vary too little, so that what misses, misses on that side. The side towards busier runs is therefore longer
-        by 2 |r| (1 - m / n): r says how the influence follows the load over long stretches (`slow_correlation`), m
-        how many independent loads were seen. Where the load does not depend on its neighbours, nothing changes; where
-        errors do not hang on it, r is small, and longer on one side covers at most 97.5 %.
+        by 2 r^2 (1 - m / n): r says how the influence follows the load over long stretches, m how many independent
+        loads were seen. Where the load does not depend on its neighbours, nothing changes; where errors do not hang on
+        it, r is small, and longer on one side covers at most 97.5 %.
         """
-        if self.load is None:
-            return 1.0, 1.0
-        towards = slow_correlation(self.influence, self.load.values)
-        longer = 1 + _LONGER * abs(towards) * (1 - self.loads_seen / len(self.influence))
+        towards = load.followed_by(self.influence)
+        longer = 1 + _LONGER * towards**2 * (1 - load.num_seen / len(self.influence))
         return (longer, 1.0) if towards < 0 else (1.0, longer)
 
     @property
-    def loads_seen(self) -> float:
-        """How many independent loads there were."""
-        return self.load.num_seen if self.load is not None else float(len(self.influence))
-
-    @property
-    def hangs_on_a_spell(self) -> bool:
-        """Whether fewer than two independent loads lie beyond a quantile, where neighbours share theirs.
-
-        Such a quantile is that of the busiest spell which the run happened to have: how another would differ, one does
-        not tell.
-        """
-        return self.loads_seen * self.tail < _LEAST_BEYOND and self.loads_seen * _SHARED < len(self.influence)
+    def independent_rows(self) -> float:
+        """As how many independent rows the `num_rows` are as good."""
+        rows = self.variance.rows if self.load is None else min(self.variance.rows, self.load.num_seen)
+        # Rows that the value does not rest on (other regimes) pull at nothing, but are there: the share is that of all.
+        return self.num_rows * rows / len(self.influence)
 
 
 Interval = tuple[float, float]
@@ -126,13 +138,8 @@ Interval = tuple[float, float]
 CONFIDENCE: Final = 0.95
 _MIN_ROWS: Final = 5  # of fewer rows an interval says nothing
 _SAYS_NOTHING: Final = 10.0  # half an interval, in logarithms: a factor of 20,000
-_WIDTH: Final = 2.0  # of a quantile's window, in standard deviations of its rank
-_INDEPENDENT_ROWS: Final = 16  # what the window holds at least where the variance is taken
-_WIDER: Final = 1.1
 _FEW: Final = 20  # independent rows
 _LONGER: Final = 2.0
-_SHARED: Final = 8  # rows that have one load between them
-_LEAST_BEYOND: Final = 2  # what differs, two are needed to see
 _STRAIGHT: Final = 1e-6  # a skewness that bends nothing, but would be divided by
 
 
@@ -197,79 +204,33 @@ def quantile(values: FloatArray, q: float) -> Statistic:
 
 
 def quantile_ratio(measured: FloatArray, simulated: FloatArray, q: float) -> Statistic:
-    """Q_q(simulated) / Q_q(measured) - 1: distributions are compared, not pairs; the rows of both are the same."""
+    """Q_q(simulated) / Q_q(measured) - 1 of the same rows: distributions are compared, and vary as pairs do."""
     value = relative_error(float(np.quantile(measured, q)), float(np.quantile(simulated, q)))
-    return _quantiles((simulated, measured), (1, -1), q, value, is_error=True)
+    return or_shared(_quantiles((simulated, measured), (1, -1), q, value, is_error=True), measured, simulated)
 
 
 def _quantiles(
     columns: Sequence[FloatArray], powers: Sequence[int], q: float, value: float, *, is_error: bool
 ) -> Statistic:
-    """The product of the columns' quantiles, each to its power.
+    found = SmoothQuantiles.of(columns, powers, q)
+    return Statistic(value, found.level, found.influence, len(columns[0]), is_error, quantile=q, spread=found.spread)
 
-    A quantile's influence hangs on the density around it, so the order statistics are averaged there, with the weights
-    of a normal window over ranks (Parzen 1979): twice as wide as the rank itself varies, sqrt(q (1 - q) n), because
-    between two strongly correlated columns most of what a narrower window shows is noise in that density.
 
-    In the tail of a small sample, and where neighbours share their fate, such a window holds next to nothing that is
-    independent. The variance then comes from a window so wide that it holds 16 independent rows (or a third of all),
-    and is scaled back by the numbers of rows in the two.
+def or_shared(own: Statistic, measured: FloatArray, simulated: FloatArray) -> Statistic:
+    """An error of pairs as it varies by its own rows, or as the errors of all pairs do: whichever varies more.
+
+    A quantile hangs on the few rows around it, and the mean latency on the longest requests. What makes all errors of a
+    run larger, slowly, drowns in them, but moves them all the same. It shows in the mean logarithm of the ratios, where
+    every pair counts alike.
     """
-    n = len(columns[0])
-    width = _WIDTH * float(np.sqrt(q * (1 - q) / n))
-    level, influence = _in_window(columns, powers, q, width)
-    rho = max(correlation_of_neighbours(influence), 0.0)
-    wanted = min(_INDEPENDENT_ROWS * (1 + rho) / (1 - rho) if rho < 1 else np.inf, n / 3)
-    wide = width
-    while _rows_in_window(n, q, wide) < wanted:
-        wide *= _WIDER
-    spread = 1.0
-    if wide > width:
-        _, influence = _in_window(columns, powers, q, wide)
-        spread = _rows_in_window(n, q, wide) / _rows_in_window(n, q, width)
-    return Statistic(value, level, influence, n, is_error, tail=min(q, 1 - q), spread=spread)
-
-
-def _in_window(
-    columns: Sequence[FloatArray], powers: Sequence[int], q: float, width: float
-) -> tuple[float, FloatArray]:
-    """The product of the smoothed quantiles and the influence of each row on its logarithm."""
-    found = [_smooth_quantile(column, q, width) for column in columns]
-    if not all(level > 0 for level, _ in found):
-        return float("nan"), np.zeros(len(columns[0]))
-    level = float(np.prod([level**power for (level, _), power in zip(found, powers, strict=True)]))
-    influence: FloatArray = np.sum(
-        [power * pull / level for (level, pull), power in zip(found, powers, strict=True)], axis=0
-    )
-    return level, influence
-
-
-def _smooth_quantile(values: FloatArray, q: float, width: float) -> tuple[float, FloatArray]:
-    """The mean of the order statistics in a normal window about rank q, and what each row does to it.
-
-    T = integral of Q(u) w(u) du has the influence -integral of (1{x <= z} - F(z)) w(F(z)) dz (Serfling 1980, 8.1.1).
-    """
-    from scipy.special import ndtr
-
-    n = len(values)
-    order = np.argsort(values, kind="stable")
-    ranked = values[order]
-    place = (np.arange(n + 1) / n - q) / width
-    below = ndtr(place)
-    inside = below[-1] - below[0]
-    density = np.exp(-(place[1:-1] ** 2) / 2) / (np.sqrt(2 * np.pi) * width * inside)
-    pull = np.empty(n)
-    pull[order] = -np.append(np.cumsum((density * np.diff(ranked))[::-1])[::-1], 0.0)
-    return float(np.diff(below) @ ranked / inside), pull - pull.mean()
-
-
-def _rows_in_window(n: int, q: float, width: float) -> float:
-    """1 / sum of the squared weights of its rows."""
-    from scipy.special import ndtr
-
-    ends = np.array([-q, 1 - q]) / width
-    once, twice = (float(np.diff(ndtr(scale * ends))[0]) for scale in (1.0, np.sqrt(2)))
-    return 2 * float(np.sqrt(np.pi)) * width * n * once**2 / twice
+    both = (measured > 0) & (simulated > 0)
+    if not both.any():
+        return own
+    ratios = np.log(simulated[both]) - np.log(measured[both])
+    influence = np.zeros(len(both))
+    influence[both] = (ratios - ratios.mean()) * len(both) / len(ratios)
+    shared = replace(own, influence=influence, quantile=None, spread=1.0)
+    return max(own, shared, key=lambda statistic: statistic.variance.variance)
 
 
 # ---- intervals -----------------------------------------------------------------------------------------------
@@ -278,7 +239,7 @@ def _rows_in_window(n: int, q: float, width: float) -> float:
 def interval(statistic: Statistic, *, independent: bool = False) -> Interval | None:
     """The 95 % interval of a statistic.
 
-    None where it would say nothing: no value, fewer than five rows, a quantile that hangs on a single spell of load.
+    None where it would say nothing: no value, fewer than five rows, a variance that is hardly known.
 
     What such intervals cover is measured in tests/fidelity/test_coverage.py (validate/README.md has the table).
 
@@ -286,7 +247,7 @@ def interval(statistic: Statistic, *, independent: bool = False) -> Interval | N
         statistic: from this module.
         independent: whether the rows are known not to depend on one another.
     """
-    if statistic.num_rows < _MIN_ROWS or not np.isfinite(statistic.value) or statistic.hangs_on_a_spell:
+    if statistic.num_rows < _MIN_ROWS or not np.isfinite(statistic.value):
         return None
     found = statistic.variance
     if independent:
@@ -362,12 +323,8 @@ def _bent(t: float, skewness: float) -> float:
 
 def describe(statistic: Statistic, rows: str) -> str:
     """How much its rows (called `rows`) tell, and whether that is too little for the interval to be trusted."""
-    # Rows that the value does not rest on (other regimes) pull at nothing, but are there: the share is that of all.
-    known = min(statistic.variance.rows, statistic.loads_seen)
-    independent = statistic.num_rows * known / len(statistic.influence)
-    if statistic.hangs_on_a_spell:
-        few = ": too few for an interval of a quantile, which hangs on the busiest spell alone"
-    elif interval(statistic) is None:
+    independent = statistic.independent_rows
+    if interval(statistic) is None:
         few = ": too few for an interval"
     else:
         few = ": the interval may be too narrow" if independent < _FEW else ""

@@ -260,7 +260,9 @@ def _time_findings(pair: _Pair, time: str, known: Rows) -> dict[str, _Finding]:
         **{name: stats.quantile_ratio(measured, simulated, q) for name, q in QUANTILES.items()},
         "mape": stats.mean(sizes, positive),
     }
-    load = _load(pair.measured, time, known)
+    if time == "latency":  # of which most is the request's own length
+        statistics["mean"] = stats.or_shared(statistics["mean"], measured, simulated)
+    load = _load(pair, time, known)
     statistics = {name: replace(statistic, load=load) for name, statistic in statistics.items()}
     repeats = [side.times[time] for side in pair.repeats]
     complete = np.isfinite(repeats).all(axis=0)
@@ -274,17 +276,16 @@ def _time_findings(pair: _Pair, time: str, known: Rows) -> dict[str, _Finding]:
     return findings
 
 
-def _load(side: _Side, time: str, known: Rows) -> Load:
-    """What tells how busy the run was when each of the `known` requests came: the time itself.
+def _load(pair: _Pair, time: str, known: Rows) -> Load:
+    """What tells how busy it was when each of the `known` requests came: the time itself.
 
     A latency is mostly the request's own length; of it, TTFT and TPOT the one with the longest memory tells.
     """
-    columns = [side.times[name][known] for name in (TIMES if time == "latency" else (time,))]
-    loads = [
-        Load(np.where(np.isfinite(column), column, np.nanmean(column)))
-        for column in columns
-        if np.isfinite(column).any()
-    ]
+    loads = []
+    for name in TIMES if time == "latency" else (time,):
+        sides = [side.times[name][known] for side in (pair.measured, pair.simulated)]
+        if all(np.isfinite(values).any() for values in sides):
+            loads.append(Load(*(np.where(np.isfinite(values), values, np.nanmean(values)) for values in sides)))
     return min(loads, key=lambda load: load.num_seen)
 
 
