@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import pytest
 
 from kvtwin.reports.cli import main
@@ -53,13 +54,27 @@ tpot_mean = 0.04
 latency_mean = 0.05
 step_bias = 0.02
 identical_steps = 0.0
+identical_arrivals = 0.0
 """
 SEEDS = range(3)
 
 
+Outcome = Literal["passes", "caught", "refused"]
+
+
 @dataclass(frozen=True)
 class Case:
-    """A target, and the layer that must be blamed ("" for nobody)."""
+    """A target, and what must become of it.
+
+    Attributes:
+        fault: what is planted where.
+        recorded, sent: the recording, and the workload that it is said to be of.
+        settings, latency: of the target's engine and profile.
+        layer: the one that must be blamed; "" for nobody.
+        clock: what TTFT counts from.
+        outcome: a gate fails, the input is refused in one line, or neither.
+        told: words that must stand in what is printed.
+    """
 
     fault: str
     recorded: Run
@@ -68,20 +83,21 @@ class Case:
     latency: LinearLatency = TRUTH
     layer: str = ""
     clock: str = "queued"
+    outcome: Outcome = "caught"
+    told: str = ""
 
 
 def late(times: IntArray) -> IntArray:
     return times + 50_000_000
 
 
-def part(change: Callable[[IntArray], IntArray]) -> Callable[[IntArray], IntArray]:
-    """The change in the second half only."""
+def half(change: Callable[[IntArray], IntArray]) -> Callable[[IntArray], IntArray]:
+    """The change in the half that it moves away from the other, so that requests stay sorted."""
 
     def changed(times: IntArray) -> IntArray:
-        half = len(times) // 2
-        result = times.copy()
-        result[half:] = change(times)[half:]
-        return result
+        middle, moved = len(times) // 2, change(times)
+        first, second = (moved, times) if moved[0] < times[0] else (times, moved)
+        return np.concatenate([first[:middle], second[middle:]])
 
     return changed
 
@@ -95,83 +111,117 @@ def cases(settings: dict[str, Any], seed: int) -> Iterator[Case]:
     recorded = run(config, noisy, HOST)
     requests = Run(recorded.info, {"requests": recorded.requests})
     case = partial(Case, recorded=recorded, sent=sent, settings=settings)
-    yield case("none")
-    yield case("none", clock="arrival")
-    yield case("none, no steps recorded", recorded=requests)
-    yield case("step times, profile", latency=slower(1.1), layer="step times")
-    yield case("step times, recording", recorded=run(config, SlowNoisy(seed, 0.03, 0.0), HOST), layer="step times")
-    yield case("steps table, recording", recorded=with_longer_steps(recorded), layer="step times")
-    yield case("budget, engine settings", settings=short, layer=schedule)
+    none = partial(case, outcome="passes")
+    yield none("none")
+    yield none("none", clock="arrival")
+    yield none("none, no steps recorded", recorded=requests)
+    slow = partial(case, layer="step times")
+    yield slow("step times, profile", latency=slower(1.1))
+    yield slow("step times, recording", recorded=run(config, SlowNoisy(seed, 0.03, 0.0), HOST))
+    yield slow("steps table, recording", recorded=with_longer_steps(recorded))
+    yield case("budget, engine settings", settings=short, layer=schedule, told="512 tokens recorded, 496 simulated")
     yield case("budget, recording", recorded=told(run(config_of(short), noisy, HOST), recorded), layer=schedule)
     newest = reversed_eviction(settings, sent, noisy)
     yield case("eviction, recording", recorded=told(newest, recorded), layer=cache)
     if not vllm:
         yield case("eviction, engine settings", settings=settings | {"radix_eviction_policy": "mru"}, layer=cache)
-    for factor, unit in ((1000, "us as ms"), (0.001, "ms as us")):
-        yield case(f"units, profile: {unit}", latency=slower(factor), layer="step times")
-    yield case("units, recording", recorded=edited(recorded, TIMES, lambda times: times // 1000), layer="units")
+    yield slow("units, profile", latency=slower(1000), told="about 1000x the measured")
+    yield slow("units, profile", latency=slower(0.001), told="about 1/1000 of the measured")
+    in_us = edited(recorded, TIMES, lambda times: times // 1000)
+    yield case("units, recording", recorded=in_us, layer="units", told="requests' times are about 1/1000")
+    bare = Run(in_us.info, {"requests": in_us.requests})
+    yield case("units, recording, no steps", recorded=bare, layer="units", told="between arrivals are about 1/1000")
+    yield from arrivals(case, recorded, sent)
+
+
+def arrivals(case: Callable[..., Case], recorded: Run, sent: Run) -> Iterator[Case]:
+    """Clocks that are 50 ms off."""
+    off = partial(case, layer="arrival", told="from arrival_ns to queued_ns takes")
     for word, shift in (("early", early), ("late", late)):
-        yield case(f"workload {word}", sent=edited(sent, TIMES[:1], shift, steps=False), layer="arrival")
-        yield case(f"workload {word}, half", sent=edited(sent, TIMES[:1], part(shift), steps=False), layer="arrival")
+        moved = edited(sent, TIMES[:1], shift, steps=False)
+        yield case(f"workload {word}", sent=moved, outcome="passes", told="50.000 ms")
+        moved = edited(sent, TIMES[:1], half(shift), steps=False)
+        yield case(f"workload {word}, half of it", sent=moved, layer="arrival", told="were sent at other times")
         for clock in ("queued", "arrival"):
-            moved = edited(recorded, TIMES[:1], shift)
-            yield case(f"arrival {word}, recording", recorded=moved, layer="arrival", clock=clock)
-            moved = edited(recorded, TIMES[:1], part(shift))
-            yield case(f"arrival {word}, half, recording", recorded=moved, layer="arrival", clock=clock)
-        moved = edited(recorded, TIMES[:2], shift)
-        yield case(f"arrival and queue {word}, recording", recorded=moved, layer="arrival")
-        bare = Run(moved.info, {"requests": moved.requests})
-        yield case(f"arrival and queue {word}, no steps", recorded=bare, layer="arrival")
+            yield off(f"arrival {word}", recorded=edited(recorded, TIMES[:1], shift), clock=clock)
+            yield off(f"arrival {word}, half of it", recorded=edited(recorded, TIMES[:1], half(shift)), clock=clock)
+    moved = edited(recorded, TIMES[:2], early)
+    yield case("arrival and queue early", recorded=moved, layer="arrival", told="queued_ns lies")
+    bare = Run(moved.info, {"requests": moved.requests})
+    yield case("arrival and queue early, no steps", recorded=bare, layer="arrival", told="queued_ns lies")
+    moved = edited(recorded, TIMES[:2], late)
+    yield case("arrival and queue late", recorded=moved, outcome="refused", told="is one of the two of another clock")
+
+
+def overloaded(settings: dict[str, Any], seed: int) -> Iterator[Case]:
+    """Three times what the engine can serve: TTFT grows to seconds, beside which 50 ms are little."""
+    sent = edited(workload(seed), TIMES[:1], lambda times: times[0] + (times - times[0]) // 6, steps=False)
+    recorded = simulate_engine(sent, config_of(settings), Noisy(seed, 0.03, 0.0), HOST)
+    case = partial(Case, recorded=recorded, sent=sent, settings=settings)
+    yield case("overload: none", outcome="passes")
+    for word, shift in (("early", early), ("late", late)):
+        moved = edited(recorded, TIMES[:1], shift)
+        yield case(f"overload: arrival {word}", recorded=moved, layer="arrival", told="queued_ns takes")
 
 
 @dataclass(frozen=True)
 class Verdict:
     """What one check said."""
 
-    code: int
-    failed: list[str]
-    blamed: dict[str, list[str]]
+    outcome: Outcome
+    blamed: set[str]
     text: str
 
 
-def check(case: Case, place: Path, capsys: pytest.CaptureFixture[str], gates: str | None = GATES) -> Verdict:
+def check(case: Case, place: Path, capsys: pytest.CaptureFixture[str]) -> Verdict:
+    """`kvtwin check` of the case as a target; exit code, checks.json and JUnit XML agree."""
     place.mkdir()
     Profile(kind="linear", latency=case.latency.to_json(), host=HOST).write(place / "profile.json")
     tables = {name: getattr(case.recorded, name) for name in ("requests", "steps") if case.recorded.has(name)}
     Run(replace(case.recorded.info, kind="recorded"), tables).write(place / "run")
     case.sent.write(place / "sent")
-    lines = [f"{key} = {json.dumps(value)}" for key, value in case.settings.items()]
-    (place / "target.toml").write_text(
-        f'name = "planted"\nprofile = "profile.json"\nrun = "run"\nworkload = "sent"\nclock = "{case.clock}"\n'
-        + ("" if gates is None else f"[gates]\n{gates}\n")
-        + "[engine]\n"
-        + "\n".join(lines)
-    )
+    lines = ['profile = "profile.json"', 'run = "run"', 'workload = "sent"', f'clock = "{case.clock}"']
+    engine = [f"{key} = {json.dumps(value)}" for key, value in case.settings.items()]
+    (place / "target.toml").write_text("\n".join([*lines, "[gates]", GATES, "[engine]", *engine]))
     capsys.readouterr()
     code = main(["check", str(place), "-o", str(place / "out"), "--junit", str(place / "junit.xml")])
     answer = capsys.readouterr()
     if code == 2:
-        return Verdict(code, [], {}, answer.err)
+        assert answer.err.count("\n") == 1
+        return Verdict("refused", set(), answer.err)
     report = json.loads((place / "out" / "checks.json").read_text())
     failed = [one["metric"] for one in report["checks"] if one["verdict"] == "fail"]
     assert code == bool(failed) == (report["verdict"] == "fail")
     assert len(ET.parse(place / "junit.xml").findall(".//failure")) == len(failed)
-    blamed: dict[str, list[str]] = {}
-    for one in report["attributions"]:
-        if one["blamed"] is not None:
-            blamed.setdefault(one["blamed"], []).append(one["metric"])
-    return Verdict(code, failed, blamed, answer.out)
+    blamed = {one["blamed"] for one in report["attributions"] if one["blamed"] is not None}
+    return Verdict("caught" if failed else "passes", blamed, answer.out)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_planted_faults(engine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for seed in SEEDS[:1]:
-        for number, case in enumerate(cases(ENGINES[engine], seed)):
+    table: dict[str, list[int]] = {}
+    wrong: list[str] = []
+    by_chance = 0  # a layer's own measure is off beyond 99 %, so in 1 of 100 without a fault
+    for seed in SEEDS:
+        for number, case in enumerate([*cases(ENGINES[engine], seed), *overloaded(ENGINES[engine], seed)]):
             found = check(case, tmp_path / f"{seed}_{number}", capsys)
-            with capsys.disabled():
-                fault = f"{case.fault} ({case.clock})"
-                print(
-                    f"{engine:14} {fault:45} {found.code} {','.join(found.failed):60} want {case.layer!r}: {found.blamed}"
-                )
-                if found.code == 2:
-                    print(found.text)
+            blamed = {case.layer} if case.layer else set()
+            row = table.setdefault(case.fault, [0, 0, 0, 0, 0])
+            right = (
+                found.outcome == case.outcome,
+                blamed <= found.blamed,
+                found.blamed <= blamed,
+                case.told in found.text,
+            )
+            for place, value in enumerate((True, right[0], right[1], not right[2], right[3])):
+                row[place] += value
+            by_chance += not right[2]
+            if not all(right):
+                wrong.append(f"{case.fault}, {case.clock}, seed {seed}: {found.outcome}, blamed {found.blamed}")
+    with capsys.disabled():
+        print(f"\n{engine:40} cases as expected  blamed others told")
+        for fault, row in table.items():
+            print(f"{fault:40} {row[0]:5} {row[1]:11} {row[2]:7} {row[3]:6} {row[4]:4}")
+        print("\n".join(wrong))
+    assert len(wrong) == by_chance
+    assert by_chance <= 0.05 * sum(row[0] for row in table.values())
