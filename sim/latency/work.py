@@ -63,9 +63,14 @@ def attention_heads(columns: Columns) -> tuple[FloatArray, FloatArray]:
 
 
 def context_of_each(columns: Columns) -> FloatArray:
-    """Tokens of context of each decode; some tables hold what all of them have together (`total_context`)."""
+    """Tokens of context of each decode.
+
+    Some tables hold what all of them have together (`total_context`), or means over the generation of `output_tokens`.
+    """
     if "context" in columns:
         return columns["context"]
+    if "output_tokens" in columns:
+        return columns["prompt_tokens"] + np.floor(columns["output_tokens"] / 2.0)
     return np.maximum(np.floor(columns["total_context"] / columns["num_decode"]), 1.0)
 
 
@@ -428,7 +433,7 @@ def _prompt_step(columns: Columns, tile: float, slots: float) -> Terms:  # noqa:
 
 
 def _token_step(columns: Columns, tile: float, slots: float) -> Terms:  # noqa: ARG001 - the contract's
-    seqs, context = columns["num_decode"], columns["context"]
+    seqs, context = columns["num_decode"], context_of_each(columns)
     terms = {
         "call": np.ones(len(seqs)),
         "seqs": seqs,

@@ -112,3 +112,12 @@ def test_a_cliff_where_the_rows_of_a_call_leave_the_cache_is_found_on_its_diagon
     known = columns["chunk"] != 64  # prompts of 64 tokens go over the cliff at 128, as 64 of 128 tokens do
     model = Trend([132.0]).fit(samples.where(known)).to_model()
     assert np.abs(model.time_us(columns) / time_us - 1)[~known].mean() < 0.05
+
+
+def test_a_mean_decode_step_of_a_generation_has_the_context_of_its_middle() -> None:
+    mean = {"num_decode": np.array([4.0]), "prompt_tokens": np.array([512.0]), "output_tokens": np.array([129.0])}
+    one = {"num_decode": np.array([4.0]), "context": np.array([576.0])}
+    found, expected = (WORKS["token_step"](columns, 64.0, 0.0) for columns in (mean, one))
+    assert {name: values.tolist() for name, values in found.items()} == {
+        name: values.tolist() for name, values in expected.items()
+    }

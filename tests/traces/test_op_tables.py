@@ -169,7 +169,8 @@ def test_v0_nanoseconds_splitwise_milliseconds_and_its_suspects(tmp_path: Path) 
     ]
     steps = read_op_table(write(tmp_path / "perf.csv", SPLITWISE))
     assert rows_of(steps)[0] == {"op": "prompt_time", "num_seqs": 2, "prompt_tokens": 512, "time_us": 196250.0}
-    assert rows_of(steps)[2] == {"op": "token_time", "num_decode": 2, "context": 576, "time_us": 54500.0}
+    generated = {"num_decode": 2, "prompt_tokens": 512, "output_tokens": 128}
+    assert rows_of(steps)[2] == {"op": "token_time", **generated, "time_us": 54500.0}
     assert steps.samples[0].suspect.tolist() == [False, True]
 
 

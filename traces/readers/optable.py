@@ -36,7 +36,7 @@ WORKS: Final = (
     "tokens",  # any operator by its number of rows: num_tokens (requests for lm_head and sampler)
     "transfer",  # num_bytes, by number of devices
     "prompt_step",  # a whole prefill step: num_seqs, prompt_tokens (of each)
-    "token_step",  # a whole decode step: num_decode, context (of each)
+    "token_step",  # a whole decode step: num_decode, and context, or the mean over prompt_tokens and output_tokens (of each)
 )
 
 
