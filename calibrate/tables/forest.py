@@ -20,13 +20,13 @@ from kvtwin.sim.latency.grid import FloatArray
 from kvtwin.sim.latency.octaves import digits
 
 _NUM_TREES: Final = 50
-_DEPTH: Final = 7
+_DEPTH: Final = 8
 _SHARE: Final = 0.2  # of a leaf's median error that one tree takes away
 _PART: Final = 0.5  # of the rows, and of the coordinates at each level, that a tree sees
 _MAX_BINS: Final = 128  # of a coordinate's own values
 _QUANTILES: Final = 32  # of a coordinate with more values
 _CLIP: Final = 0.03  # errors beyond count alike
-_LEAST_ROWS: Final = 20  # of a side of a split
+_LEAST_ROWS: Final = 10  # of a side of a split
 _SHRINK_ROWS: Final = 3.0  # a leaf of as many rows takes half its share
 _NEVER: Final = 1e300  # a threshold that no batch is above
 

@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 
 from kvtwin.sim.latency.grid import FloatArray
-from kvtwin.sim.latency.work import Columns, attention_heads, best_products, context_of_each, prefills
+from kvtwin.sim.latency.work import Columns, attention_heads, context_of_each, prefills
 
 _USUAL_SLOTS: Final = 132.0  # tiles at once, where the trend saw no waves
 _TILES: Final = ((64.0, 64.0), (64.0, 128.0), (128.0, 128.0), (128.0, 256.0), (256.0, 128.0))  # rows, columns
@@ -57,7 +57,7 @@ def _gemm(columns: Columns, slots: float) -> dict[str, FloatArray]:
     slots = slots or _USUAL_SLOTS
     found = {
         "m": m, "n": n, "k": k, "products": m * n * k, "inputs": m * k, "outputs": m * n, "weights": n * k,
-        "best": best_products(m, n, k, slots), "alignment": _alignment(m),
+        "alignment": _alignment(m),
     }  # fmt: skip
     for rows, width in _TILES:
         tiles, name = np.ceil(m / rows) * np.ceil(n / width), f"{rows:.0f} x {width:.0f}"
