@@ -42,6 +42,7 @@ _CELLS_PER_ROW: Final = 60  # a table of more cells is no grid (skewed decodes, 
 # Loads that kernels take in tiles of rows, and the tiles worth trying.
 _TILED: Final = ("m", "num_tokens", "chunk", "prefill_tokens")
 FORESTS: Final = ("gemm",)  # works whose kernels a library chooses by size: nothing is smooth
+_FOREST_SHAPES: Final = 8  # fewer have little to tell one another
 _CHOSEN_TILES: Final = (64.0,)  # ratios on forests: trees know of larger tiles, 16 is as good
 STAIRCASES: Final = ((), (16.0,), (64.0,), (128.0,), (64.0, 128.0))
 
@@ -308,7 +309,7 @@ def _on_richer_bases(samples: OpSamples, slots: Sequence[float] | None, base: Tr
     several_heads = "num_key_value_heads" in samples.shape
     if several_heads:
         bases.append(Pooled(base).fit(samples))
-    if samples.work in FORESTS:
+    if samples.work in FORESTS and _num_shapes(samples) >= _FOREST_SHAPES:
         forest = Forested(base).fit(samples)
         return [
             forest,
@@ -329,9 +330,11 @@ def is_grid(samples: OpSamples) -> bool:
     cells = 1
     for values in samples.load.values():
         cells *= len(np.unique(values))
-    if samples.shape:
-        cells *= len(np.unique(np.column_stack(list(samples.shape.values())), axis=0))
-    return cells <= _CELLS_PER_ROW * len(samples)
+    return cells * _num_shapes(samples) <= _CELLS_PER_ROW * len(samples)
+
+
+def _num_shapes(samples: OpSamples) -> int:
+    return len(np.unique(np.column_stack(list(samples.shape.values())), axis=0)) if samples.shape else 1
 
 
 def _stepped(name: str, tiles: Sequence[float]) -> str:

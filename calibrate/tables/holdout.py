@@ -98,7 +98,8 @@ def hold_out(samples: OpSamples, slots: Sequence[float] | None) -> HeldOut:
     if not rows:
         nothing = np.zeros(0, np.int64)
         return HeldOut(nothing, nothing.astype(np.str_), nothing > 0, nothing, {})
-    joined = {name: np.concatenate(values) for name, values in predicted.items()}
+    # What a fold leaves may be too little for a candidate: it counts where every fold has it.
+    joined = {name: np.concatenate(values) for name, values in predicted.items() if len(values) == len(rows)}
     return HeldOut(np.concatenate(rows), np.concatenate(axes), np.concatenate(inside), np.concatenate(groups), joined)
 
 
