@@ -51,13 +51,13 @@ def way_check(measured: Run, simulated: Run, *, name: str, repeats: Sequence[Run
         return None
     seen, simulated_ms = seen[known] / NS_PER_MS, (seen - way + other)[known] / NS_PER_MS
     error, mean = stats.ratio_of_sums(simulated_ms, seen), float(seen.mean())
-    floors = [_turn_ns(measured) / NS_PER_MS / 2 / mean] if measured.has("steps") else []
+    floors = [turn_ns(measured) / NS_PER_MS / 2 / mean]
     again = [values[np.isfinite(values)] for values in map(_unqueued_ns, repeats)]
     among_repeats = noise.rms_floor([float(values.mean()) for values in again if len(values)])
     floors += [] if among_repeats is None else [among_repeats]
     return Check(
         name, "e2e", "ttft_arrival", "ms", mean, float(simulated_ms.mean()), error.value, stats.interval(error),
-        int(known.sum()), noise_floor=max(floors, default=None),
+        int(known.sum()), noise_floor=max(floors),
         note="from sending to first token without the wait to be scheduled; only the way from arrival_ns to queued_ns "
         f"is simulated; {stats.describe(error, 'requests')}",
     )  # fmt: skip
@@ -76,15 +76,15 @@ def way_difference(measured: Run, simulated: Run, *, slower: float = 1.0) -> str
     difference = _way_ns(measured) - _way_ns(simulated)
     if len(difference) < 2 or not np.isfinite(difference).all() or not difference.any():
         return None
-    turn_ns = slower * _turn_ns(measured)
-    least_ns = max(_SURE * stats.standard_error(difference), turn_ns / 2)
+    loop_ns = slower * turn_ns(measured)
+    least_ns = max(_SURE * stats.standard_error(difference), loop_ns / 2)
     low, middle, high = np.quantile(difference, [0.25, 0.5, 0.75])
     if min(abs(difference.mean()), abs(middle)) > least_ns and high - low < _ALIKE * abs(middle):
         return f"the way from arrival_ns to queued_ns takes {_longer(middle)} than simulated"
-    return _of_some(difference, turn_ns)
+    return _of_some(difference, loop_ns)
 
 
-def _of_some(difference: FloatArray, turn_ns: float) -> str | None:
+def _of_some(difference: FloatArray, loop_ns: float) -> str | None:
     """The same where some requests differ in it from the others: two groups, or a stretch of time."""
     for some in (two_groups(difference), _stretch(difference)):
         if some is None:
@@ -93,7 +93,7 @@ def _of_some(difference: FloatArray, turn_ns: float) -> str | None:
         if abs(middles[0]) < abs(middles[1]):
             some, middles = ~some, middles[::-1]
         apart = middles[0] - middles[1]
-        if abs(apart) > turn_ns:
+        if abs(apart) > loop_ns:
             return (
                 f"the way from arrival_ns to queued_ns takes {some.sum()} of {len(some)} requests {_longer(apart)} "
                 "than the others"
@@ -153,10 +153,10 @@ def sent_check(measured: Run, other: Run, what: str, *, name: str) -> Check | No
         name: the recorded run's name.
 
     Returns:
-        The check, not judged; None where all were sent at the very same time.
+        The check, not judged; None where all were sent at the same time.
     """
     offsets_ns = np.asarray(pc.subtract(measured.requests.column("arrival_ns"), other.requests.column("arrival_ns")))
-    if not offsets_ns.any():
+    if (np.abs(offsets_ns) <= _SAME_NS).all():
         return None
     middle, n = float(np.median(offsets_ns)), len(offsets_ns)
     same = int((np.abs(offsets_ns - middle) <= _SAME_NS).sum())
@@ -170,6 +170,16 @@ def sent_check(measured: Run, other: Run, what: str, *, name: str) -> Check | No
         warning = unit_note(*gaps, whose="times between arrivals are", beside="those of " + what)
         note = "; ".join([*([warning] if warning else []), note])
     return Check(name, "e2e", "identical_arrivals", "requests", float(n), float(same), same / n - 1, None, n, note=note)
+
+
+def turn_ns(run: Run) -> float:
+    """How long a step typically takes: by the steps, or by what lies between two tokens; 0 where nothing tells."""
+    if run.has("steps"):
+        return float(np.median(durations_ns(run.steps)))
+    first, finish = (_floats(run, name) for name in ("first_token_ns", "finish_ns"))
+    tokens = run.requests.column("output_tokens").to_numpy()
+    known = (tokens > 1) & np.isfinite(finish - first)
+    return float(np.median((finish - first)[known] / (tokens[known] - 1))) if known.any() else 0.0
 
 
 def _longer(ns: float) -> str:
@@ -191,11 +201,6 @@ def _way_ns(run: Run) -> FloatArray:
     """From arrival_ns to queued_ns, NaN where either is unknown."""
     way: FloatArray = _as_floats(pc.subtract(run.requests.column("queued_ns"), run.requests.column("arrival_ns")))
     return way
-
-
-def _turn_ns(run: Run) -> float:
-    """How long a step typically takes; 0 where the run has none."""
-    return float(np.median(durations_ns(run.steps))) if run.has("steps") else 0.0
 
 
 def _floats(run: Run, name: str) -> FloatArray:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from kvtwin.traces.errors import InputError
 from kvtwin.traces.run import Run
 from kvtwin.traces.time import NS_PER_MS
+from kvtwin.validate.arrivals import turn_ns
 from kvtwin.validate.attribution import clocks, evidence
 from kvtwin.validate.attribution.hybrids import (
     HOST_AND_SCHEDULE,
@@ -172,8 +173,10 @@ def _shifts(measured: Run, simulated: Run, dispatched_ns: npt.NDArray[np.float64
     """By how much the queue's clock of either run is off that of its dispatches (`clocks.queue_shift`)."""
     recorded = clocks.waits(measured, dispatched_ns)
     predicted = clocks.waits(simulated, clocks.dispatches(simulated, has_calls=False))
-    turn_ns = clocks.turn_ns(measured)
-    return clocks.queue_shift(recorded, predicted, turn_ns), clocks.queue_shift(predicted, recorded, turn_ns)
+    turn = turn_ns(measured)
+    if not turn:
+        return 0, 0
+    return clocks.queue_shift(recorded, predicted, turn), clocks.queue_shift(predicted, recorded, turn)
 
 
 def _clock_note(shift_ns: int, whose: str) -> list[str]:

@@ -50,17 +50,6 @@ def waits(run: Run, dispatched_ns: FloatArray) -> FloatArray:
     return found
 
 
-def turn_ns(run: Run) -> float:
-    """How long a step typically takes: by the steps, or by what lies between two tokens; NaN where nothing tells."""
-    if run.has("steps"):
-        return float(np.median(durations_ns(run.steps)))
-    first, finish, tokens = (
-        _floats(run.requests.column(name)) for name in ("first_token_ns", "finish_ns", "output_tokens")
-    )
-    known = (tokens > 1) & np.isfinite(finish - first)
-    return float(np.median((finish - first)[known] / (tokens[known] - 1))) if known.any() else float("nan")
-
-
 def with_queue_moved(run: Run, shift_ns: int, dispatched_ns: FloatArray) -> Run:
     """The run with `queued_ns` later by `shift_ns`, but no later than the dispatch (stamps may have been cut at 0)."""
     if not shift_ns:
