@@ -52,7 +52,7 @@ def render_comparison(found: SideBySide) -> str:
         _stack_figure(found, "cache", "Prompt tokens by where they were found", _LEVELS, "hit_rate"),
         _stack_figure(found, "queues", "Mean time of a request in each queue", _QUEUES, "waiting_mean"),
     ]
-    drawn = "".join(figure_html("all", figure) for figure in figures)
+    drawn = "".join(figure_html("all", figure, level=3) for figure in figures)
     sections = {
         "overview": ("At a glance", _cards(found)),
         "charts": ("Figures", f'<div class="grid">{drawn}</div>'),

@@ -66,7 +66,7 @@ def plain_table(table: Table) -> str:
     rows = "".join(_row(row, table.compare and row[-1] != row[-2]) for row in table.rows)
     label = text(table.caption)
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{label}"><table><caption>{label}</caption>'
+        f'<div class="scroll" tabindex="0" role="group" aria-label="{label}"><table><caption>{label}</caption>'
         f"<thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>"
     )
 

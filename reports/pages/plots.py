@@ -41,8 +41,8 @@ class Figure:
     notes: Sequence[str] = ()
 
 
-def figure_html(prefix: str, figure: Figure) -> str:
-    """The figure's place in the page."""
+def figure_html(prefix: str, figure: Figure, level: int = 4) -> str:
+    """The figure's place in the page; `level` is that of its heading."""
     key = f"figure-{prefix}-{figure.key}"
     plot = ""
     if figure.spec is not None:
@@ -51,7 +51,7 @@ def figure_html(prefix: str, figure: Figure) -> str:
     notes = "".join(f"<li>{typeset(note)}</li>" for note in figure.notes)
     remarks = f'<ul class="notes">{notes}</ul>' if notes else ""
     empty = " empty" if figure.spec is None else ""
-    return f"""<figure class="panel c{figure.columns}{empty}"><figcaption><h4>{text(figure.title)}</h4>
+    return f"""<figure class="panel c{figure.columns}{empty}"><figcaption><h{level}>{text(figure.title)}</h{level}>
 <p>{typeset(figure.text)}</p></figcaption>{plot}{remarks}{numbers}</figure>
 """
 

@@ -286,7 +286,7 @@ def _pair_table(caption: str, pair: Pair) -> Table:
         sides = (pair.measured, pair.simulated)
         rows.append(_pair_row("mean", *(side.mean for side in sides)))
         rows += [_pair_row(name, *(side.quantile(q) for side in sides)) for name, q in _QUANTILES.items()]
-    return Table(caption, ("", "measured", "simulated", "difference"), rows)
+    return Table(caption, ("statistic", "measured", "simulated", "difference"), rows)
 
 
 def _pair_row(name: str, measured: float, simulated: float) -> tuple[str, ...]:
@@ -332,7 +332,7 @@ def _timeline_figure(timeline: Timeline | None) -> Figure:
     x_axis["anchor"] = "y" if len(names) == 1 else f"y{len(names)}"
     spec = {"data": data, "layout": layout(x_axis, axes.pop("yaxis"), **axes, hovermode="x unified")}
     rows = [_count_row(name, timeline.counts[name].measured, timeline.counts[name].simulated) for name in names]
-    heads = ("", "mean measured", "mean simulated", "peak measured", "peak simulated")
+    heads = ("count", "mean measured", "mean simulated", "peak measured", "peak simulated")
     return Figure(
         "timeline", title, _timeline_text(timeline, rows), spec, Table("Mean and peak", heads, rows), columns=12
     )

@@ -39,7 +39,9 @@ def _divergence(first: Divergence) -> str:
     rows = [
         (key.replace("_", " "), *(_plain(side.get(key)) for side in (first.measured, first.simulated))) for key in keys
     ]
-    queues = plain_table(Table("State at that step", ("", "measured", "simulated"), rows, compare=True)) if rows else ""
+    queues = (
+        plain_table(Table("State at that step", ("state", "measured", "simulated"), rows, compare=True)) if rows else ""
+    )
     members = _members(*batches) if any(batches) else ""
     return f"<p>{typeset(lead)}</p><div class='beside'>{members}{queues}</div>"
 

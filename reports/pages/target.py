@@ -206,7 +206,7 @@ def _preemptions(measured: int | None, simulated: int | None) -> str:
 def _trend_section(trend: Sequence[Figure]) -> str:
     if not trend:
         return ""
-    shown = "".join(figure_html("all", figure) for figure in trend)
+    shown = "".join(figure_html("all", figure, level=3) for figure in trend)
     return f'<section aria-labelledby="trend"><h2 id="trend">Trend</h2><div class="grid">{shown}</div></section>'
 
 

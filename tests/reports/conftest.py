@@ -7,11 +7,16 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
 
+from kvtwin.reports.aggregate.build import aggregate
+from kvtwin.reports.pages.target import render_target
+from kvtwin.reports.site import write_site
+from kvtwin.traces.files import write_text
 from kvtwin.traces.run import Run, RunInfo
 from kvtwin.traces.table import from_columns
 from kvtwin.traces.time import NS_PER_MS
@@ -24,10 +29,14 @@ from kvtwin.validate.result import (
     Check,
     Comparison,
     Divergence,
+    Drift,
     Part,
+    Peer,
     ScheduleFinding,
     TargetReport,
 )
+
+from .browser import out_of
 
 CHECKS = (
     Check("alpha", "e2e", "ttft_p90", "ms", 100.0, 91.4, -0.086, (-0.1, -0.07), 240, 0.02, 0.05, "fail"),
@@ -129,7 +138,14 @@ def comparison(make_run: Callable[..., Run]) -> Comparison:
 def report(comparison: Comparison) -> TargetReport:
     """Two runs: one with everything, one recorded once and without steps."""
     return TargetReport(
-        target={"name": "tiny", "hardware": "one core", "model": "m", "engine": "vllm 0.32.0", "description": "d"},
+        target={
+            "name": "tiny",
+            "hardware": "one core",
+            "model": "m",
+            "engine": "vllm 0.32.0",
+            "description": "d",
+            "recorded": "2026-04-25",
+        },
         checks=CHECKS,
         comparisons=(comparison, replace(comparison, name="beta", predictions=None, repeats=())),
         schedules=(
@@ -145,19 +161,32 @@ def report(comparison: Comparison) -> TargetReport:
     )
 
 
-HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror='window.hacked=1'>\"'`|<!--&[a](b)\x1b[31m\n"
+HOSTILE = (
+    "</script><script>window.hacked=1</script><img src=x onerror='window.hacked=1'>\"'`|<!--&[a](b)\x1b[31m\n"
+    "]]>%{y}${window.hacked=1}\u2028window.hacked=1\u2029<a href='javascript:window.hacked=1'>\u202e"
+)
 
 
 @pytest.fixture
 def hostile_report(make_run: Callable[..., Run]) -> TargetReport:
     """Markup and scripts in every string that a file or a user can set."""
-    text = HOSTILE
+    return report_of(HOSTILE, make_run)
+
+
+@pytest.fixture
+def harmless_report(make_run: Callable[..., Run]) -> TargetReport:
+    """The same with a plain letter there: what the shape of a report must be."""
+    return report_of("x", make_run)
+
+
+def report_of(text: str, make_run: Callable[..., Run]) -> TargetReport:
+    """A report that says `text` wherever it can."""
     run = with_steps(make_run(3, names=[text, f"{text}2", f"{text}3"], session_id=[text] * 3, cached_tokens=[1, 2, 3]))
     side = {"batch": [[text, 1, 2], text], text: text}
     steps = make_predictions(6, (text, "decode"))
     checks = tuple(replace(check, run=text, metric=text, unit=text, note=text) for check in CHECKS)
     return TargetReport(
-        target=dict.fromkeys(("name", "hardware", "model", "engine", "description", text), text),
+        target=dict.fromkeys(("name", "hardware", "model", "engine", "description", "recorded", text), text),
         checks=checks,
         comparisons=(Comparison(text, run, run, "arrival_ns", steps, (text, text)),),
         schedules=(
@@ -165,10 +194,33 @@ def hostile_report(make_run: Callable[..., Run]) -> TargetReport:
         ),
         attributions=(
             Attribution(text, text, text, 1.0, 1.1, (Part(text, 0.1), Part("<b>bold</b>", 0.0)), text, text),
+            Attribution(text, "identical_steps", text, 3.0, 1.0, (Part("schedule", -0.7),), "schedule", text),
         ),
+        drifts=(Drift(text, text, 0.1, math.nan, text, text, None, "gone"),),
+        peers=(Peer(text, text, checks),),
         profile={text: text, "list": [text, {text: text}]},
         provenance={text: {text: text}},
     )
+
+
+@pytest.fixture
+def page(report: TargetReport, tmp_path: Path) -> Path:
+    """The page that kvtwin check writes, plotly packed inside."""
+    return write_text(tmp_path / "report.html", render_target(stored(report), aggregate(report)))
+
+
+@pytest.fixture
+def site(report: TargetReport, tmp_path: Path) -> Path:
+    """Two targets, one of them with an older report in which every error was twice as large."""
+    old = replace(report, checks=tuple(replace(check, error=2 * check.error) for check in report.checks))
+    other = replace(report, target={**report.target, "name": "other", "engine": "sglang 0.5"}, checks=report.checks[1:])
+    outs = [
+        out_of(report, tmp_path / "new" / "tiny", "2026-11-20T10:00:00Z"),
+        out_of(other, tmp_path / "new" / "other", "2026-11-20T10:00:00Z"),
+        out_of(old, tmp_path / "old", "2026-10-01T10:00:00Z"),
+    ]
+    write_site([outs[2], tmp_path / "new"], tmp_path / "site")
+    return tmp_path / "site"
 
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")

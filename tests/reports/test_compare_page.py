@@ -17,8 +17,8 @@ from kvtwin.traces.run import Run
 from kvtwin.traces.time import NS_PER_MS
 from kvtwin.validate.compare import SideBySide, compare_runs
 
+from .browser import draw_all, plain, show, urls_asked_for, wait_for
 from .conftest import HOSTILE
-from .test_browser import draw_all, plain, show, urls_asked_for, wait_for
 
 KEYS = ("ttft", "tpot", "latency", "throughput", "cache", "queues")
 KNOWN: dict[str, Any] = {
