@@ -181,8 +181,10 @@ def _number_by_depth(names: IntArray, depth: IntArray) -> tuple[IntArray, IntArr
 def with_prompts(run: Run, sent: Run | None) -> Run:
     """A recording with the prompt blocks of the workload that was sent, joined by request id.
 
+    The output lengths stay the recorded ones: a workload's are most often limits, which an answer need not reach.
+
     Raises:
-        InputError: a recorded request is not in the workload, or differs in length.
+        InputError: a recorded request is not in the workload, or has a prompt of another length.
     """
     if sent is None:
         return run
@@ -193,11 +195,10 @@ def with_prompts(run: Run, sent: Run | None) -> Run:
             raise InputError(f"{name!r} is not in the workload", path=run.path, row=row, column="request_id")
         order.append(rows[name])
     prompts = sent.requests.take(order)
-    for column in ("input_tokens", "output_tokens"):
-        recorded, planned = run.requests.column(column).to_pylist(), prompts.column(column).to_pylist()
-        for row, (found, asked) in enumerate(zip(recorded, planned, strict=True)):
-            if found != asked:
-                raise InputError(f"{found}, but the workload has {asked}", path=run.path, row=row, column=column)
+    lengths = [table.column("input_tokens").to_pylist() for table in (run.requests, prompts)]
+    for row, (found, asked) in enumerate(zip(*lengths, strict=True)):
+        if found != asked:
+            raise InputError(f"{found}, but the workload has {asked}", path=run.path, row=row, column="input_tokens")
     index = run.requests.column_names.index("block_hashes")
     requests = run.requests.set_column(index, run.requests.schema.field(index), prompts.column("block_hashes"))
     info = run.info

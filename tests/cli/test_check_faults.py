@@ -148,6 +148,15 @@ def test_a_workload_that_was_sent_at_other_times_is_told(target: Target, capsys:
     assert "20 of 60 requests were sent at other times" in text
 
 
+def test_answers_that_end_before_the_workloads_limit_are_no_fault(
+    target: Target, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target.lines.append('workload = "sent"')
+    target.sent = changed(target.sent, ("output_tokens",), lambda column: pc.multiply(column, 2))
+    code, document, _ = target.check(capsys)
+    assert (code, failed(document)) == (0, set())
+
+
 def test_a_baseline_without_drift_says_so(target: Target, capsys: pytest.CaptureFixture[str]) -> None:
     _, accepted, _ = target.check(capsys)
     out = str(target.folder / "1" / "out")

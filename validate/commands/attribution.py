@@ -168,23 +168,13 @@ def _twin(
         replay_settings(measured, given, args.engine), args.engine or args.predicted or args.measured
     )
     knows_prompts = predicted is not None and predicted.info.hash_block_tokens is not None
-    prompts = _with_lengths_of(measured, predicted) if predicted is not None and knows_prompts else None
+    prompts = predicted if knows_prompts else None
     workload = with_prompts(measured, read_run(args.workload) if args.workload else prompts)
     if predicted is not None:
         return Twin(workload, config, latency, host, predicted)
     if latency is None:  # `_prices` gives one where nothing was predicted
         raise AssertionError
     return Twin(workload, config, latency, host, simulate_engine(workload, config, latency, host, record_steps=False))
-
-
-def _with_lengths_of(measured: Run, predicted: Run) -> Run:
-    """The prompts of a predicted run, whose output lengths may be wrong."""
-    from kvtwin.traces.run import Run
-
-    table = predicted.requests
-    index = table.schema.get_field_index("output_tokens")
-    lengths = measured.requests.column("output_tokens")
-    return Run(predicted.info, {"requests": table.set_column(index, table.schema.field(index), lengths)})
 
 
 def _settings(predicted: Run) -> dict[str, Any]:
