@@ -67,8 +67,9 @@ def exported(run: Run, path: Path) -> list[dict[str, Any]]:
 def check_format(events: list[dict[str, Any]]) -> None:
     """The rules of the format: fields per kind, slices of a thread disjoint or nested, async slices nested by id."""
     ends: dict[tuple[int, int], float] = defaultdict(float)
-    stacks: dict[tuple[str, str], list[str]] = defaultdict(list)
-    last: dict[tuple[str, str], float] = defaultdict(float)
+    stacks: dict[tuple[str, int, str], list[str]] = defaultdict(list)
+    last: dict[tuple[str, int, str], float] = defaultdict(float)
+    check_names(events)
     for event in events:
         assert isinstance(event["pid"], int)
         assert isinstance(event["name"], str)
@@ -87,7 +88,7 @@ def check_format(events: list[dict[str, Any]]) -> None:
             assert event["args"]
             assert all(isinstance(value, int) for value in event["args"].values())
         else:
-            key = (event["cat"], event["id"])
+            key = (event["cat"], event["pid"], event["id2"]["local"])
             assert event["ts"] >= last[key]
             last[key] = event["ts"]
             if kind == "b":
@@ -97,8 +98,27 @@ def check_format(events: list[dict[str, Any]]) -> None:
                 assert stacks[key].pop() == event["name"]
 
 
+def check_names(events: list[dict[str, Any]]) -> None:
+    """Every process and every thread that has events is named once; only fields of the format occur."""
+    allowed = {
+        "M": {"tid"},
+        "X": {"tid", "cat", "ts", "dur"},
+        "C": {"ts"},
+        "b": {"cat", "id2", "ts"},
+        "e": {"cat", "id2", "ts"},
+    }
+    for event in events:
+        assert set(event) <= {"ph", "pid", "name", "args"} | allowed[event["ph"]]
+    named = Counter((event["name"], event["pid"], event.get("tid")) for event in events if event["ph"] == "M")
+    processes = {("process_name", event["pid"], None) for event in events}
+    threads = {("thread_name", event["pid"], event["tid"]) for event in events if event["ph"] == "X"}
+    assert named == Counter(processes | threads)
+
+
 def phases(events: list[dict[str, Any]], row: int) -> list[tuple[str, str, float]]:
-    return [(event["ph"], event["name"], event["ts"]) for event in events if event.get("id") == f"0x{row:x}"]
+    return [
+        (event["ph"], event["name"], event["ts"]) for event in events if event.get("id2") == {"local": f"0x{row:x}"}
+    ]
 
 
 def test_a_request_with_every_phase(tmp_path: Path) -> None:
@@ -134,7 +154,7 @@ def test_steps_and_counters(tmp_path: Path) -> None:
     assert [args for name, _, args in counters if name == "requests"] == [
         {"running": 2, "waiting": 0}, {"running": 1, "waiting": 1}, {"running": 1, "waiting": 0},
     ]  # fmt: skip
-    assert [(ts, args["blocks"]) for name, ts, args in counters if name != "requests"] == [(1.0, 5), (3.0, 7), (6.0, 6)]
+    assert [(ts, args["free"]) for name, ts, args in counters if name != "requests"] == [(1.0, 5), (3.0, 7), (6.0, 6)]
 
 
 def test_overlapping_steps_lie_in_lanes(tmp_path: Path) -> None:

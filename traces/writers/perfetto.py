@@ -34,7 +34,7 @@ _DETAILS: Final = (
     "running_ns", "swapped_ns",
 )  # fmt: skip
 _COUNTERS: Final = {"requests": {"running": "num_running", "waiting": "num_waiting"},
-                    "free KV blocks": {"blocks": "num_free_blocks"}}  # fmt: skip
+                    "KV blocks": {"free": "num_free_blocks"}}  # fmt: skip
 
 
 def write_perfetto(run: Run, path: str | os.PathLike[str]) -> dict[str, int]:
@@ -159,14 +159,18 @@ class _Writer:
 
     def async_slice(self, number: int, row: int, name: str, start: int, end: int | None, more: str = "") -> None:
         """A begin, and an end where it is known."""
-        body = f'"cat":"request","id":"0x{row:x}","name":{json.dumps(name)}'
+        body = _request(row, name)
         self.event("b", number, f'{body},"ts":{self.us(start)}{more}')
         if end is not None:
             self.async_end(number, row, name, end)
 
     def async_end(self, number: int, row: int, name: str, end: int) -> None:
-        body = f'"cat":"request","id":"0x{row:x}","name":{json.dumps(name)}'
-        self.event("e", number, f'{body},"ts":{self.us(end)}')
+        self.event("e", number, f'{_request(row, name)},"ts":{self.us(end)}')
+
+
+def _request(row: int, name: str) -> str:
+    """What begins and ends share. A local id belongs to the process: a viewer shows the request below its instance."""
+    return f'"cat":"request","id2":{{"local":"0x{row:x}"}},"name":{json.dumps(name)}'
 
 
 class _Pauses:
