@@ -59,7 +59,8 @@ def variance_of_mean(series: FloatArray, *, independent: bool = False, bounded: 
         series: the rows.
         independent: whether they are known not to depend on one another; then 1. falls away and B is n - 1, which
             makes the variance the usual s^2 / n. So it is for fewer than five rows.
-        bounded: whether no row can pull much harder than the others; then no kurtosis and no skewness.
+        bounded: whether no row can pull much harder than the others. Then there is no skewness, and kurtosis counts as
+            far as rows depend on their neighbours, for a burst of them can.
 
     Returns:
         A variance of 0 where all rows are alike, an infinite one for a single row.
@@ -72,9 +73,11 @@ def variance_of_mean(series: FloatArray, *, independent: bool = False, bounded: 
         return MeanVariance(0.0, np.inf, float(n))
     waves = len(slow.waves)
     level = float(np.mean(slow.waves**2))
-    tails, skewness = (0.0, 0.0) if bounded else _shape_of_sums(slow.rest, waves)
-    doubt = 2 / waves + tails + slow.doubt
     rows = min(float(n), n * float(np.var(series)) / level) if level > 0 else float(n)
+    tails, skewness = _shape_of_sums(slow.rest, waves)
+    if bounded:
+        tails, skewness = tails * (1 - rows / n), 0.0
+    doubt = 2 / waves + tails + slow.doubt
     return MeanVariance(level / n, max(2 / doubt, 1.0), rows, skewness)
 
 

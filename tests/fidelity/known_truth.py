@@ -26,9 +26,9 @@ from kvtwin.validate.result import PREDICTIONS
 Pair = tuple[Run, Run]
 Maker = Callable[[np.random.Generator, int], Pair]
 
-# Requests before the recording begins: a system that runs.
+# Requests before the recording begins: a system that runs. An engine's batch holds those that come after it, too.
 WARM = 3000
-WARM_ENGINE = 300
+AROUND_ENGINE = 300
 
 
 def ar1(rng: np.random.Generator, n: int, rho: float, sd: float) -> FloatArray:
@@ -56,6 +56,21 @@ def run_of(arrival_s: FloatArray, ttft_s: FloatArray, tpot_s: FloatArray, tokens
 
 
 # ---- noise on times --------------------------------------------------------------------------------------------
+
+
+Draw = Callable[[np.random.Generator, int], FloatArray]
+
+
+def planted(factor: float, times: Draw, errors: Draw) -> Maker:
+    """The twin's times are the recorded ones, times a factor, times errors whose mean is 1; nothing hangs together."""
+
+    def make(rng: np.random.Generator, n: int) -> Pair:
+        arrival, tokens = np.cumsum(rng.exponential(0.1, n)), rng.integers(20, 200, n)
+        ttft, tpot = 0.2 * times(rng, n), 0.02 * np.sqrt(times(rng, n))
+        twin = (factor * ttft * errors(rng, n), factor * tpot * errors(rng, n))
+        return run_of(arrival, ttft, tpot, tokens), run_of(arrival, *twin, tokens)
+
+    return make
 
 
 def correlated(rho: float) -> Maker:
@@ -164,11 +179,16 @@ class Noisy:
         return times
 
 
-def engine(rate_hz: float) -> Maker:
-    """A vLLM whose steps take 4 % longer than the profile says, and vary; the twin is the profile's simulation."""
+def engine(rate_hz: float, *, around: int = AROUND_ENGINE) -> Maker:
+    """A vLLM whose steps take 4 % longer than the profile says, and vary; the twin is the profile's simulation.
+
+    Args:
+        rate_hz: of the requests.
+        around: requests before the recording, and as many after it; with 0 it begins empty and its end drains.
+    """
 
     def make(rng: np.random.Generator, n: int) -> Pair:
-        m = n + WARM_ENGINE
+        m = n + 2 * around
         columns = {
             "request_id": [str(row) for row in range(m)],
             "arrival_ns": (np.cumsum(rng.exponential(1 / rate_hz, m)) * 1e9).astype(np.int64),
@@ -177,7 +197,7 @@ def engine(rate_hz: float) -> Maker:
         }
         workload = Run(RunInfo("workload"), {"requests": from_columns("requests", columns, "test")})
         sides = [simulate(workload, ENGINE, model, record_steps=False) for model in (Noisy(rng, 400 * m), MODEL)]
-        recording, twin = (Run(side.info, {"requests": side.requests.slice(WARM_ENGINE)}) for side in sides)
+        recording, twin = (Run(side.info, {"requests": side.requests.slice(around, n)}) for side in sides)
         return Run(replace(recording.info, kind="recorded"), {"requests": recording.requests}), twin
 
     return make
@@ -215,6 +235,9 @@ def steps(rho: float) -> Callable[[np.random.Generator, int], pa.Table]:
 
 # The constants of the intervals were chosen while looking at these ...
 SEEN: Mapping[str, Maker] = {
+    "planted 7 %, log-normal": planted(
+        1.07, lambda rng, n: rng.lognormal(0, 0.6, n), lambda rng, n: rng.lognormal(-0.005, 0.1, n)
+    ),
     "independent": correlated(0.0),
     "AR(1) 0.5": correlated(0.5),
     "AR(1) 0.9": correlated(0.9),
@@ -224,13 +247,17 @@ SEEN: Mapping[str, Maker] = {
 }
 # ... and none by these.
 UNSEEN: Mapping[str, Maker] = {
+    "planted -4 %, gamma": planted(
+        0.96, lambda rng, n: rng.gamma(2, 0.5, n) + 0.05, lambda rng, n: 1 + rng.uniform(-0.2, 0.2, n)
+    ),
     "heavy tails": heavy_tails,
     "engine, light": engine(10.0),
+    "engine, busy, until it drains": engine(40.0, around=0),
     "heavy work, load 0.7": queueing(0.7, slower=1.04, spread=1.2, warm=WARM),
     "bursts, load 0.6": queueing(0.6, slower=1.05, bursts=True, warm=WARM),
     "4 servers, load 0.8": queueing(0.8, slower=0.96, warm=WARM, num_servers=4),
     "queue at load 0.9": queueing(0.9, slower=1.02, noise=0.05, warm=WARM),
 }
 # What an endless recording shows is learnt from this many requests, in as many recordings.
-LONG: Mapping[str, tuple[int, int]] = {"engine, light": (60_000, 12), "engine, busy": (60_000, 12)}
-MANY = 2_000_000
+LONG: Mapping[str, tuple[int, int]] = {name: (40_000, 8) for name in (*SEEN, *UNSEEN) if name.startswith("engine")}
+MANY = 400_000
