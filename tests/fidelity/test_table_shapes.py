@@ -23,11 +23,11 @@ pytestmark = pytest.mark.fidelity
 
 # Largest MAPE in percent of left-out shapes, n and k; a tenth and more above what was measured when it was set.
 TABLES: Final = {
-    ("a100_sxm", "0.14.0", "bfloat16"): (5.5, 6.5, 6.5),
-    ("h100_sxm", "0.24.0", "bfloat16"): (4.8, 6.0, 6.0),
-    ("h100_sxm", "0.24.0", "fp8_block"): (5.5, 6.5, 6.5),
-    ("b200_sxm", "0.24.0", "fp8"): (8.0, 9.0, 9.0),
-    ("rtx_pro_6000_server", "0.24.0", "bfloat16"): (5.5, 6.5, 6.5),
+    ("a100_sxm", "0.14.0", "bfloat16"): (5.0, 5.8, 5.8),
+    ("h100_sxm", "0.24.0", "bfloat16"): (4.5, 5.2, 5.2),
+    ("h100_sxm", "0.24.0", "fp8_block"): (5.5, 9.0, 10.6),
+    ("b200_sxm", "0.24.0", "fp8"): (7.8, 8.2, 9.0),
+    ("rtx_pro_6000_server", "0.24.0", "bfloat16"): (4.8, 6.3, 5.8),
 }
 
 

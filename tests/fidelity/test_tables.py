@@ -34,7 +34,7 @@ GATES: Final[Mapping[tuple[str, str], Mapping[str, float]]] = {
     ("splitwise/", "perf_model"): {"num_seqs": 8.0, "prompt_tokens": 4.2, "num_decode": 2.0, "context": 2.6},
     ("vidur/network/", "all_reduce"): {"": 4.5},
     ("vidur/network/", "send_recv"): {"": 7.5},
-    ("aiconfigurator/", "gemm"): {"": 8.5},
+    ("aiconfigurator/", "gemm"): {"": 5.5},
     ("aiconfigurator/", "context_attention"): {"num_seqs": 4.2, "chunk": 7.6},
     ("aiconfigurator/", "generation_attention"): {"num_decode": 5.3, "context": 5.4},
     ("aiconfigurator/", "moe_perf"): {"": 4.8},
