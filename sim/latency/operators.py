@@ -108,7 +108,10 @@ class OperatorModel:
         found = trend(self.work, known, self.prices, self.tile, self.slots)
         for factor in (self.surface, self.forest):
             if factor is not None:
-                found = found * factor(COORDINATES[self.work](known, self.slots))
+                coordinates = COORDINATES[self.work](known, self.slots)
+                if unknown := set(factor.names) - coordinates.keys():
+                    raise InputError(f"the profile's {min(unknown)!r} is not known to this version: calibrate it anew")
+                found = found * factor(coordinates)
         if self.pool is not None:
             found = found + self.pool(pooled(known))
         return np.maximum(found, MIN_TIME_US)

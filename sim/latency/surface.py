@@ -43,6 +43,7 @@ class Surface:
     def __init__(self, axes: Mapping[str, npt.ArrayLike], parts: Sequence[Part]) -> None:
         """Raises ValueError where the parts do not fit together."""
         self.axes = {name: np.asarray(axis, np.float64) for name, axis in axes.items()}
+        self.names = tuple(self.axes)
         self.parts = list(parts)
         if any(len(axis) < 2 or np.any(np.diff(axis) <= 0) for axis in self.axes.values()):
             raise ValueError("every axis must have two points and be strictly increasing")

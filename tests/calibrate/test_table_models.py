@@ -156,6 +156,14 @@ def test_a_forest_survives_its_numbers_and_damaged_ones_are_refused(gemm: Sample
             Forest.from_json(broken)
 
 
+def test_a_profile_of_another_version_is_refused_in_one_line(gemm: Samples) -> None:
+    samples = gemm()
+    data = Trend([100.0]).fit(samples).to_model().to_json()
+    data["surface"] = {"axes": {"small tiles": [1, 2]}, "parts": []}
+    with pytest.raises(InputError, match="'small tiles' is not known to this version: calibrate it anew"):
+        OperatorModel.from_json(data).time_us(samples.columns)
+
+
 def test_damaged_surfaces_are_refused() -> None:
     good = {"axes": {"keys": [1, 2]}, "parts": [{"names": ["keys"], "values": [0.1, 0.2]}]}
     assert Surface.from_json(good)({"keys": np.array([1.0, 3.0])}) == pytest.approx([1.1, 1.2])
