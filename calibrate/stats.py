@@ -89,7 +89,7 @@ class Statistic:
     @cached_property
     def variance(self) -> MeanVariance:
         """Of the logarithm of `level`."""
-        # Between two columns of the same rows the density around a quantile cancels, and its noise with it.
+        # Of an error: both columns have their largest rows in the same places. A size hangs on the largest alone.
         bounded = self.quantile is not None and self.is_error
         return self.scaled(variance_of_mean(self.influence, bounded=bounded))
 
