@@ -36,7 +36,7 @@ def checks_section(checks: Sequence[Check]) -> str:
         return '<section><h2 id="checks">Checks</h2><p class="soft">No check was made.</p></section>'
     return f"""<section aria-labelledby="checks">
 <h2 id="checks">Checks</h2>
-<p class="soft">Each row compares one number of the simulation with the recording; the error is relative to the
+<p class="soft">Failed gates first. Each row compares one number of the simulation with the recording; the error is relative to the
 measurement: simulated / measured &minus; 1. In the picture, the dot is the error and the bar its 95&nbsp;% interval,
 between the ticks of the gate; the shaded band is the noise floor. Without a gate, the picture reaches to the largest
 of them.</p>
@@ -45,7 +45,7 @@ of them.</p>
 <table id="checks-table" class="sortable compact"><caption>Every check of every recorded run</caption>
 <thead><tr>{column_heads(_HEADS)}</tr></thead>
 <tbody>
-{"".join(_check_row(check) for check in checks)}</tbody></table></div>
+{"".join(_check_row(check) for check in sorted(checks, key=lambda check: check.verdict != "fail"))}</tbody></table></div>
 </section>"""
 
 

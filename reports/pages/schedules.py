@@ -64,7 +64,7 @@ def _members(measured: Sequence[str], simulated: Sequence[str]) -> str:
     differs = next((place for place, (one, two) in enumerate(pairs) if one != two), 0)
     begin = max(0, differs - 3)
     rows = [(str(place), *pairs[place]) for place in range(begin, min(begin + _MAX_MEMBERS, len(pairs)))]
-    caption = f"The batch: {len(measured):,} members measured, {len(simulated):,} simulated"
+    caption = f"The batch: {count(len(measured), 'member')} measured, {len(simulated):,} simulated"
     if len(rows) < len(pairs):
         caption += f"; {len(rows)} of them shown, from place {begin}"
     return plain_table(Table(caption, ("place", "measured", "simulated"), rows, compare=True))

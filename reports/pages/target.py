@@ -33,6 +33,7 @@ from kvtwin.validate.result import Drift
 
 _FACTS = ("hardware", "model", "engine")
 _RECORDS = ("profile", "provenance")
+_DRIFTS = ("fail", "worse", "better", "gone", "new")  # what asks for attention first
 
 
 def render_target(
@@ -152,11 +153,11 @@ def _drifts_section(drifts: Sequence[Drift]) -> str:
             drift.since or MISSING,
             MISSING if drift.allowed is None else percent(drift.allowed, signed=False),
         )
-        for drift in drifts
+        for drift in sorted(drifts, key=lambda drift: _DRIFTS.index(drift.verdict))
     ]
     table = plain_table(Table("Errors that changed since the accepted report", heads, rows))
     return f"""<section aria-labelledby="drifts"><h2 id="drifts">Against the accepted report</h2>
-<div class="panel">{table}</div></section>"""
+<div class="panel drifts">{table}</div></section>"""
 
 
 def _run_picker(report: StoredReport) -> str:
