@@ -76,16 +76,18 @@ def way_difference(measured: Run, simulated: Run, *, slower: float = 1.0) -> str
     difference = _way_ns(measured) - _way_ns(simulated)
     if len(difference) < 2 or not np.isfinite(difference).all() or not difference.any():
         return None
-    loop_ns = slower * turn_ns(measured)
-    least_ns = max(_SURE * stats.standard_error(difference), loop_ns / 2)
+    least_ns = max(_SURE * stats.standard_error(difference), slower * turn_ns(measured) / 2)
     low, middle, high = np.quantile(difference, [0.25, 0.5, 0.75])
     if min(abs(difference.mean()), abs(middle)) > least_ns and high - low < _ALIKE * abs(middle):
         return f"the way from arrival_ns to queued_ns takes {_longer(middle)} than simulated"
-    return _of_some(difference, loop_ns)
+    return _of_some(difference, slower * _met_ns(measured))
 
 
 def _of_some(difference: FloatArray, loop_ns: float) -> str | None:
-    """The same where some requests differ in it from the others: two groups, or a stretch of time."""
+    """The same where some requests differ in it from the others: two groups, or a stretch of time.
+
+    Requests that come during one step wait together for its end: groups that are no further apart are the loop's.
+    """
     for some in (two_groups(difference), _stretch(difference)):
         if some is None:
             continue
@@ -180,6 +182,15 @@ def turn_ns(run: Run) -> float:
     tokens = run.requests.column("output_tokens").to_numpy()
     known = (tokens > 1) & np.isfinite(finish - first)
     return float(np.median((finish - first)[known] / (tokens[known] - 1))) if known.any() else 0.0
+
+
+def _met_ns(run: Run) -> float:
+    """How long the longer ones of the steps are that run when requests come (nine of ten are shorter)."""
+    queued = run.requests.column("queued_ns")
+    if not run.has("steps") or queued.null_count:
+        return turn_ns(run)
+    before = np.searchsorted(run.steps.column("start_ns").to_numpy(), queued.to_numpy()) - 1
+    return float(np.quantile(durations_ns(run.steps)[np.maximum(before, 0)], 0.9))
 
 
 def _longer(ns: float) -> str:

@@ -154,8 +154,8 @@ def arrivals(case: Callable[..., Case], recorded: Run, sent: Run) -> Iterator[Ca
 
 
 def overloaded(settings: dict[str, Any], seed: int) -> Iterator[Case]:
-    """Three times what the engine can serve: TTFT grows to seconds, beside which 50 ms are little."""
-    sent = edited(workload(seed), TIMES[:1], lambda times: times[0] + (times - times[0]) // 6, steps=False)
+    """Requests come thirty times as fast, six times what the engine can serve: 50 ms are little beside TTFT."""
+    sent = edited(workload(seed), TIMES[:1], lambda times: times[0] + (times - times[0]) // 30, steps=False)
     recorded = simulate_engine(sent, config_of(settings), Noisy(seed, 0.03, 0.0), HOST)
     case = partial(Case, recorded=recorded, sent=sent, settings=settings)
     yield case("overload: none", outcome="passes")
