@@ -7,6 +7,7 @@ requests, a note says so.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -119,13 +120,18 @@ def _values(run: Run, clock: Clock) -> _Values:
 
 
 def _tokens_by_level(run: Run) -> dict[str, float]:
-    """Prompt tokens that the first admission found in the caches, in each level, and nowhere: these were computed."""
+    """Prompt tokens that the first admission found in the caches, in each level, and nowhere: these were computed.
+
+    Of a run that does not say from which level they came, all that were found count as of unknown level.
+    """
     cached, host, storage = (
         _total(run, name) for name in ("cached_tokens", "cached_host_tokens", "cached_storage_tokens")
     )
+    device = cached - host - storage
     return {
         "cached_tokens": cached,
-        "cached_device_tokens": cached - host - storage,
+        "cached_unknown_tokens": cached if math.isnan(device) else 0.0,
+        "cached_device_tokens": device,
         "cached_host_tokens": host,
         "cached_storage_tokens": storage,
         "computed_tokens": _total(run, "input_tokens") - cached,

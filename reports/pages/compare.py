@@ -21,6 +21,7 @@ _TIMES: Final = {
 _STATISTICS: Final = {"mean": "diamond", "p50": "circle", "p90": "square-open", "p99": "triangle-right-open"}
 # Parts of a stack, in order: metric, label, colour.
 _LEVELS: Final = (
+    ("cached_unknown_tokens", "level unknown", "mixed"),
     ("cached_device_tokens", "HBM", "decode"),
     ("cached_host_tokens", "host DRAM", "measured"),
     ("cached_storage_tokens", "storage", "prefill"),

@@ -63,6 +63,15 @@ def test_figures_hold_the_numbers(found: SideBySide) -> None:
     assert [part["name"] for part in specs["figure-all-queues"]["data"]] == ["waiting", "prefetch", "running"]
 
 
+def test_hits_of_unknown_level_are_drawn_too(make_run: Callable[..., Run]) -> None:
+    """Without them a run that has hits would stand there as one that computed less."""
+    runs = [make_run(**KNOWN), make_run(cached_tokens=KNOWN["cached_tokens"])]
+    specs = specs_in(render_comparison(compare_runs(runs, ["one", "two"], "arrival_ns")))
+    stacks = {part["name"]: dict(zip(part["y"], part["x"], strict=True)) for part in specs["figure-all-cache"]["data"]}
+    assert stacks["level unknown"] == {1: 20}
+    assert sum(part.get(0, 0) for part in stacks.values()) == sum(part.get(1, 0) for part in stacks.values()) == 32
+
+
 def test_runs_that_know_little_have_a_page_too(make_run: Callable[..., Run]) -> None:
     page = render_comparison(compare_runs([make_run(output_tokens=[1] * 4)], ["only"], "arrival_ns"))
     assert set(specs_in(page)) == {"figure-all-ttft", "figure-all-latency", "figure-all-throughput"}
