@@ -121,17 +121,17 @@ class Trend(_Fitted):
         self.model_ = OperatorModel(samples.op, samples.work, samples.key, samples.constants, prices, tile, slots)
         return self
 
-    def _geometry(self, work: str, columns: Columns, time_us: FloatArray) -> tuple[float, float, int]:
+    def _geometry(self, work: str, columns: Columns, time_us: FloatArray) -> tuple[float, float, str]:
         """Tile, slots and kernel (of `alternatives`) whose prices fit best, on some of the rows."""
         tiles = TILES.get(work, (128.0,))
         slots = [0.0, *(self.slots if self.slots is not None else _COMMON_SLOTS)] if work in WAVES else [0.0]
         step = max(1, len(time_us) // _SEARCH_ROWS)
         few, times = {name: values[::step] for name, values in columns.items()}, time_us[::step]
-        best = (np.inf, tiles[0], 0.0, 0)
+        best = (np.inf, tiles[0], 0.0, "")
         for tile, count in itertools.product(tiles, slots):
-            for kernel, found in enumerate(alternatives(terms(work, few, tile, count), few)):
+            for kernel, found in alternatives(terms(work, few, tile, count), few).items():
                 total = sum(price * found[name] for name, price in relative_nnls(found, times).items())
-                error = float(np.mean(np.abs(total / times - 1))) * (1.0 + _CLEARLY * kernel)
+                error = float(np.mean(np.abs(total / times - 1))) * (1.0 + _CLEARLY * bool(kernel))
                 if error < best[0] - 1e-12:
                     best = (error, tile, count, kernel)
         return best[1:]

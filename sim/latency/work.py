@@ -27,7 +27,8 @@ Columns = Mapping[str, FloatArray]
 Terms = dict[str, FloatArray]
 Work = Callable[[Columns, float, float], Terms]
 
-_PACKED: Final = ", queries packed"
+_ONE_PACKED: Final = ", single queries packed"
+_ALL_PACKED: Final = ", all queries packed"
 _UNCACHED_ROWS: Final = ("rows of ", "uncached queries ", "uncached keys ")
 _PIECE: Final = 128.0  # keys that a thread block takes at a time
 _SMALL_PIECE: Final = 32.0  # where no context is split
@@ -113,21 +114,35 @@ def _prefill_attention(columns: Columns, tile: float, slots: float) -> Terms:
     heads, kv_heads = attention_heads(columns)
     seqs, chunk, prefix = prefills(columns)
     longest = _windowed(prefix + chunk, columns, tile)
-    span = _windowed(prefix + (np.minimum(chunk, tile) + chunk) / 2, columns, tile)
-    tiles = _ceil(chunk, tile)
-    # Prompts of one token may run as decodes do: the queries of a key-value head in one block.
-    packed = np.where((chunk == 1) & (heads > kv_heads), kv_heads * _ceil(heads / kv_heads, tile), heads)
+    kernels: Terms = {}
+    for kernel, (blocks, rows) in _kernels(chunk, heads, kv_heads, tile).items():
+        span = _windowed(prefix + (np.minimum(chunk, rows) + chunk) / 2, columns, tile)
+        found = _prefill_blocks(seqs * blocks, span, longest, slots)
+        kernels |= {f"{name}{kernel}": term for name, term in found.items()}
     return {
         "call": np.ones(len(chunk)),
-        **_prefill_blocks(seqs * heads * tiles, span, longest, slots),
-        **{
-            f"{name}{_PACKED}": term
-            for name, term in _prefill_blocks(seqs * packed * tiles, span, longest, slots).items()
-        },
+        **kernels,
         "longest": longest,
         "queries": seqs * chunk * (heads + kv_heads),
         "prefix": seqs * prefix * kv_heads,
         **_uncached_rows(2.0 * seqs * chunk * heads, 2.0 * seqs * (prefix + chunk) * kv_heads),
+    }
+
+
+def _kernels(
+    chunk: FloatArray, heads: FloatArray, kv_heads: FloatArray, tile: float
+) -> dict[str, tuple[FloatArray, FloatArray]]:
+    """Thread blocks of a prompt, and tokens of each: one head's queries, or those of all heads that share keys.
+
+    FlashAttention-2 packs heads for prompts of one token, which run as decodes do (`seqlenq_ngroups_swapped`),
+    FlashAttention-3 (`PackGQA`) and FlashInfer for longer ones too.
+    """
+    group, every = heads / kv_heads, np.full(len(chunk), tile)
+    plain, packed = heads * _ceil(chunk, tile), kv_heads * _ceil(chunk * group, tile)
+    return {
+        "": (plain, every),
+        _ONE_PACKED: (np.where(chunk == 1, packed, plain), every),
+        _ALL_PACKED: (packed, every / group),
     }
 
 
@@ -156,19 +171,21 @@ def _uncached_rows(queries: FloatArray, keys: FloatArray) -> Terms:
     return terms
 
 
-def alternatives(found: Terms, columns: Columns) -> list[Terms]:
-    """What either of two kernels would do, where they differ on these batches: the plain one, and one that packs.
+def alternatives(found: Terms, columns: Columns) -> dict[str, Terms]:
+    """What each of several kernels would do, where it differs from the plain one on these batches: that one first.
 
     Whether rows leave a cache shows where batches of several sizes have as many; with one prompt at a time it is a step on
     the axes of the table itself, which is interpolated better without.
     """
     if len(np.unique(_get(columns, "num_seqs", 1.0))) == 1:
         found = {name: term for name, term in found.items() if not name.startswith(_UNCACHED_ROWS)}
-    packed = {name for name in found if name.endswith(_PACKED)}
-    plain = {name: term for name, term in found.items() if name not in packed}
-    other = {name: term for name, term in found.items() if f"{name}{_PACKED}" not in packed}
-    differ = any(not np.array_equal(found[name], found[name.removesuffix(_PACKED)]) for name in packed)
-    return [plain, other] if differ else [plain]
+    plain = {name: term for name, term in found.items() if not name.endswith((_ONE_PACKED, _ALL_PACKED))}
+    kernels = {"": plain}
+    for kernel in (_ONE_PACKED, _ALL_PACKED):
+        own = {name: term for name, term in found.items() if name.endswith(kernel)}
+        if any(not np.array_equal(term, plain[name.removesuffix(kernel)]) for name, term in own.items()):
+            kernels[kernel] = own | {name: term for name, term in plain.items() if f"{name}{kernel}" not in own}
+    return kernels
 
 
 def _decode_attention(columns: Columns, tile: float, slots: float) -> Terms:

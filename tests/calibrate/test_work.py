@@ -121,3 +121,14 @@ def test_a_mean_decode_step_of_a_generation_has_the_context_of_its_middle() -> N
     assert {name: values.tolist() for name, values in found.items()} == {
         name: values.tolist() for name, values in expected.items()
     }
+
+
+def test_kernels_that_pack_the_heads_of_a_group_are_recognised() -> None:
+    """FlashAttention-3 and FlashInfer: 16 tokens of four heads that share keys fill a tile of 64 rows."""
+    columns = prompts([2.0**power for power in range(9)], [2.0**power for power in range(2, 10)])
+    blocks = columns["num_seqs"] * 8.0 * np.ceil(columns["chunk"] * 4 / 64)
+    time_us = 5.0 + 3.0 * np.ceil(blocks / 132)
+    load = {name: columns[name] for name in ("num_seqs", "chunk")}
+    shape = {name: columns[name] for name in ("num_heads", "num_key_value_heads")}
+    samples = replace(plain_samples("attention", "prefill_attention", load, time_us), shape=shape)
+    assert Trend([132.0]).fit(samples).time_us(columns) == pytest.approx(time_us, rel=0.02)
