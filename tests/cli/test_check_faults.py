@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,8 +100,11 @@ def test_a_target_without_gates_is_judged_by_default_ones(target: Target, capsys
 
 def test_a_budget_16_short_is_told_with_both_budgets(target: Target, capsys: pytest.CaptureFixture[str]) -> None:
     target.lines += ["[engine]", "max_num_batched_tokens = 496"]
-    code, document, text = target.check(capsys)
+    junit = target.folder / "junit.xml"
+    code, document, text = target.check(capsys, "--junit", str(junit))
     assert (code, blamed(document)) == (1, {"schedule"})
+    failures = [str(failure.text) for failure in ET.parse(junit).findall(".//failure")]
+    assert failures and all(text.endswith("blamed: schedule") for text in failures)
     assert "identical_steps" in failed(document)
     assert "compare the engine settings" in text and "512 tokens recorded, 496 simulated" in text
 

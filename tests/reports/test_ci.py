@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import xml.etree.ElementTree as ET
 from dataclasses import replace
 from pathlib import Path
 
@@ -71,6 +72,9 @@ def test_check_with_baseline_on_github(
     assert "tpot_mean of saturated_1: fail: error 0.00 % in the accepted report" in shown.out
     summary = (tmp_path / "summary.md").read_text()
     assert "Since the accepted report" in summary and "ttft\\_p50" in summary
+    failures = ET.parse(tmp_path / "next" / "junit.xml").findall(".//failure")
+    assert [failure.get("type") for failure in failures] == ["gate", "drift"]
+    assert "drift of tpot_mean of saturated_1: error +0.00% in the accepted report" in str(failures[1].get("message"))
     drifts = json.loads((tmp_path / "next" / "checks.json").read_text())["drifts"]
     assert [(drift["metric"], drift["verdict"]) for drift in drifts] == [("tpot_mean", "fail")]
 
