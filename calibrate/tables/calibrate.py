@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -24,12 +24,17 @@ _MOST_NAMED: Final = 20  # suspect rows named one by one in the provenance
 
 @dataclass(frozen=True)
 class Fitted:
-    """One operator under one key: its samples without suspect rows, hold-out, choice and final model."""
+    """One operator under one key: its samples without suspect rows, hold-out, choice and final model.
+
+    Attributes:
+        elsewhere: the candidate that prices shapes which the choice, a table alone, does not know; None otherwise.
+    """
 
     samples: OpSamples
     held: HeldOut
     choice: Choice
     model: OperatorModel
+    elsewhere: str | None
 
 
 def calibrate_tables(
@@ -86,8 +91,13 @@ def fit_samples(samples: OpSamples, hardware: str | None) -> Fitted:
     slots = slots_of(samples, hardware)
     held = hold_out(samples, slots)
     choice = choose(samples, held)
-    final = next(found for found in fit_all(samples, slots) if found.name == choice.name)
-    return Fitted(samples, held, choice, final.to_model())
+    models = {found.name: found.to_model() for found in fit_all(samples, slots)}
+    model = models[choice.name]
+    physics = [name for name in choice.scores if models[name].prices]
+    if model.prices or not samples.shape or not physics:
+        return Fitted(samples, held, choice, model, None)
+    elsewhere = min(physics, key=choice.scores.__getitem__)  # a table's times say little about other sizes
+    return Fitted(samples, held, choice, replace(model, elsewhere=models[elsewhere]), elsewhere)
 
 
 def slots_of(samples: OpSamples, hardware: str | None) -> list[float] | None:
@@ -120,6 +130,7 @@ def _described(found: Fitted) -> dict[str, Any]:
         "name": samples.name,
         "rows": len(samples),
         "model": found.choice.name,
+        "elsewhere": found.elsewhere,
         "scores": dict(found.choice.scores),
         "noise_floor": floor_of(samples),
         "domain": domain,

@@ -207,9 +207,11 @@ class ShapeBank:
         for name, axis in self.axes.items():
             values = np.asarray(columns[name], np.float64)
             inside &= (values >= axis[0]) & (values <= axis[-1])
-        if self.shape_names:
-            inside &= self._find(columns)[1]
-        return inside
+        return inside & self.knows_shapes(columns)
+
+    def knows_shapes(self, columns: Columns) -> npt.NDArray[np.bool_]:
+        """Which batches have a known shape."""
+        return self._find(columns)[1]
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ShapeBank:

@@ -4,7 +4,8 @@
     time = (trend * surface * forest + pool) * bank         ratios of the table, in octaves of the loads
     time = (trend * surface * forest + pool) + bank         rests of the table, in the loads
 
-Surface, forest, pool and bank may each be absent; without prices the bank holds the times themselves.
+Surface, forest, pool and bank may each be absent; without prices the bank holds the times themselves,
+and shapes that it does not know have a model of their own.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ class OperatorModel:
         surface: what the trend misses, smooth in physical coordinates.
         forest: the same, learnt by trees.
         pool: rests by group of query heads, thread blocks and length (`work.pooled`), shared by all shapes.
+        elsewhere: without prices, the model of shapes that the bank does not know; its own `elsewhere` is None.
         scale: from the hardware that prices and bank were fitted on to another; None for the same.
     """
 
@@ -77,6 +79,7 @@ class OperatorModel:
     surface: Surface | None = None
     forest: Forest | None = None
     pool: ShapeBank | None = None
+    elsewhere: OperatorModel | None = None
     scale: Scale | None = None
 
     def time_us(self, columns: Columns) -> FloatArray:
@@ -90,15 +93,22 @@ class OperatorModel:
         return found if self.scale is None else np.maximum(self.scale.apply(found), MIN_TIME_US)
 
     def _unscaled_us(self, columns: Columns) -> FloatArray:
-        bank = self.bank(columns) if self.bank is not None else None
         if not self.prices:
-            if bank is None:
-                raise ValueError("neither prices nor a table")
-            return np.maximum(bank, MIN_TIME_US)
+            return np.maximum(self._table_us(columns), MIN_TIME_US)
         found = self._base_us(columns)
-        if self.bank is not None and bank is not None:
-            found = found * bank if self.bank.octaves else found + bank
+        if self.bank is not None:
+            found = found * self.bank(columns) if self.bank.octaves else found + self.bank(columns)
         return np.maximum(found, MIN_TIME_US)
+
+    def _table_us(self, columns: Columns) -> FloatArray:
+        """The table alone, where it knows the shapes."""
+        if self.bank is None:
+            raise ValueError("neither prices nor a table")
+        found = self.bank(columns)
+        if self.elsewhere is not None and (unknown := ~self.bank.knows_shapes(columns)).any():
+            there = {name: np.asarray(values)[unknown] for name, values in columns.items()}
+            found[unknown] = self.elsewhere.time_us(there)
+        return found
 
     def _base_us(self, columns: Columns) -> FloatArray:
         """Trend, surface, forest and pool."""
@@ -127,7 +137,8 @@ class OperatorModel:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> OperatorModel:
         """Read `to_json`'s output. Raises KeyError, TypeError or ValueError on anything else."""
-        surface, forest, pool = (data.get(name) for name in ("surface", "forest", "pool"))  # absent in earlier versions
+        # Absent in profiles of earlier versions.
+        surface, forest, pool, elsewhere = (data.get(name) for name in ("surface", "forest", "pool", "elsewhere"))
         return cls(
             op=str(data["op"]),
             work=str(data["work"]),
@@ -140,6 +151,7 @@ class OperatorModel:
             surface=Surface.from_json(surface) if surface is not None else None,
             forest=Forest.from_json(forest) if forest is not None else None,
             pool=ShapeBank.from_json(pool) if pool is not None else None,
+            elsewhere=cls.from_json(elsewhere) if elsewhere is not None else None,
             scale=Scale(**{name: float(value) for name, value in data["scale"].items()}) if data["scale"] else None,
         )
 
@@ -157,6 +169,7 @@ class OperatorModel:
             "surface": self.surface.to_json() if self.surface is not None else None,
             "forest": self.forest.to_json() if self.forest is not None else None,
             "pool": self.pool.to_json() if self.pool is not None else None,
+            "elsewhere": self.elsewhere.to_json() if self.elsewhere is not None else None,
             "scale": asdict(self.scale) if self.scale is not None else None,
         }
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pytest
 
 from kvtwin.calibrate.steps.regression import NotFittedError
+from kvtwin.calibrate.tables.calibrate import fit_samples
 from kvtwin.calibrate.tables.candidates import (
     Calm,
     Corrected,
@@ -272,6 +273,24 @@ def test_an_unknown_shape_lies_between_the_known_ones_and_is_flagged(gemm: Sampl
     assert times[1] == pytest.approx((times[0] + times[2]) / 2)
     assert model.bank is not None
     assert model.bank.knows(columns).tolist() == [True, False, True, False]
+
+
+def test_a_table_alone_leaves_unknown_shapes_to_physics(product: Axes, samples_of: Samples) -> None:
+    """Times of known sizes are linear in m, but with m's weight no multiple of anything: the table is the best model."""
+    columns = product(m=[1, 2, 3, 4, 6, 8, 12, 16, 24, 32], n=[256, 1024, 4096], k=[256, 1024, 4096])
+    each = columns["n"] * columns["k"]
+    time_us = 5.0 + 1e-4 * each * (1.0 + 0.02 * np.sin(columns["n"] + columns["k"]) * columns["m"])
+    shape = {"n": columns["n"], "k": columns["k"]}
+    samples = samples_of("gemm", {"m": columns["m"]}, time_us, shape=shape)
+    fitted = fit_samples(samples, None)
+    assert fitted.choice.name == "linear"
+    assert fitted.elsewhere is not None
+    model = OperatorModel.from_json(fitted.model.to_json())
+    assert model.elsewhere is not None
+    wanted = {"m": np.full(3, 8.0), "n": np.array([1024.0, 16384.0, 1024.0]), "k": np.array([1024.0, 2048.0, 4096.0])}
+    times = model.time_us(wanted)
+    assert times[[0, 2]] == pytest.approx(Linear().fit(samples).time_us(wanted)[[0, 2]], rel=1e-5)
+    assert times[1] == model.elsewhere.time_us(wanted)[1] != Linear().fit(samples).time_us(wanted)[1]
 
 
 def test_damaged_banks_are_refused(decode: Samples) -> None:
