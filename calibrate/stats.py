@@ -140,6 +140,7 @@ _MIN_ROWS: Final = 5  # of fewer rows an interval says nothing
 _SAYS_NOTHING: Final = 10.0  # half an interval, in logarithms: a factor of 20,000
 _FEW: Final = 20  # independent rows
 _LONGER: Final = 2.0
+_CLEARLY: Final = 2.0  # by as much two estimates of one variance, each from four waves, differ at random
 _STRAIGHT: Final = 1e-6  # a skewness that bends nothing, but would be divided by
 
 
@@ -217,7 +218,7 @@ def _quantiles(
 
 
 def or_shared(own: Statistic, measured: FloatArray, simulated: FloatArray) -> Statistic:
-    """An error of pairs as it varies by its own rows, or as the errors of all pairs do: whichever varies more.
+    """An error of pairs as it varies by its own rows, or as the errors of all pairs do where that is clearly more.
 
     A quantile hangs on the few rows around it, and the mean latency on the longest requests. What makes all errors of a
     run larger, slowly, drowns in them, but moves them all the same. It shows in the mean logarithm of the ratios, where
@@ -230,7 +231,7 @@ def or_shared(own: Statistic, measured: FloatArray, simulated: FloatArray) -> St
     influence = np.zeros(len(both))
     influence[both] = (ratios - ratios.mean()) * len(both) / len(ratios)
     shared = replace(own, influence=influence, quantile=None, spread=1.0)
-    return max(own, shared, key=lambda statistic: statistic.variance.variance)
+    return shared if shared.variance.variance > _CLEARLY * own.variance.variance else own
 
 
 # ---- intervals -----------------------------------------------------------------------------------------------

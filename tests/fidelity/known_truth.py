@@ -259,5 +259,5 @@ UNSEEN: Mapping[str, Maker] = {
     "queue at load 0.9": queueing(0.9, slower=1.02, noise=0.05, warm=WARM),
 }
 # What an endless recording shows is learnt from this many requests, in as many recordings.
-LONG: Mapping[str, tuple[int, int]] = {name: (40_000, 8) for name in (*SEEN, *UNSEEN) if name.startswith("engine")}
-MANY = 400_000
+LONG: Mapping[str, tuple[int, int]] = {name: (60_000, 12) for name in (*SEEN, *UNSEEN) if name.startswith("engine")}
+MANY = 2_000_000
