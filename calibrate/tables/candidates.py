@@ -41,7 +41,7 @@ _CALM_SHARE: Final = 0.5  # 0.3 to 0.7: within 0.5 percentage points on three ta
 _CELLS_PER_ROW: Final = 60  # a table of more cells is no grid (skewed decodes, six axes: 40)
 # Loads that kernels take in tiles of rows, and the tiles worth trying.
 _TILED: Final = ("m", "num_tokens", "chunk", "prefill_tokens")
-FORESTS: Final = ("gemm",)  # works whose kernels a library chooses by size: nothing is smooth
+_FORESTS: Final = ("gemm",)  # works whose kernels a library chooses by size: nothing is smooth
 _FOREST_SHAPES: Final = 8  # fewer have little to tell one another
 _CHOSEN_TILES: Final = (64.0,)  # ratios on forests: trees know of larger tiles, 16 is as good
 STAIRCASES: Final = ((), (16.0,), (64.0,), (128.0,), (64.0, 128.0))
@@ -299,6 +299,8 @@ def fit_all(samples: OpSamples, slots: Sequence[float] | None) -> list[Candidate
     candidates.append(Hybrid(slots, base).fit(samples))
     if len(samples.load) <= 2:
         candidates.append(Smooth(slots, base).fit(samples))
+    if samples.work in _FORESTS and _num_shapes(samples) >= _FOREST_SHAPES:
+        return [*candidates, *_on_forest(samples, slots, base)]
     return [*candidates, *_on_richer_bases(samples, slots, base)]
 
 
@@ -309,13 +311,6 @@ def _on_richer_bases(samples: OpSamples, slots: Sequence[float] | None, base: Tr
     several_heads = "num_key_value_heads" in samples.shape
     if several_heads:
         bases.append(Pooled(base).fit(samples))
-    if samples.work in FORESTS and _num_shapes(samples) >= _FOREST_SHAPES:
-        forest = Forested(base).fit(samples)
-        return [
-            forest,
-            Calm(slots, forest, _CHOSEN_TILES).fit(samples),
-            Hybrid(slots, forest, _CHOSEN_TILES).fit(samples),
-        ]
     if samples.work in PAIRS:
         surface = Surfaced(base).fit(samples)
         found.append(surface)
@@ -323,6 +318,12 @@ def _on_richer_bases(samples: OpSamples, slots: Sequence[float] | None, base: Tr
     if len(samples.load) == 1:
         found += [Calm(slots, richer).fit(samples) for richer in bases]
     return found + [Hybrid(slots, richer).fit(samples) for richer in bases]
+
+
+def _on_forest(samples: OpSamples, slots: Sequence[float] | None, base: Trend) -> list[Candidate]:
+    """A forest, and the table's ratios on top of it."""
+    forest = Forested(base).fit(samples)
+    return [forest, *(kind(slots, forest, _CHOSEN_TILES).fit(samples) for kind in (Calm, Hybrid))]
 
 
 def is_grid(samples: OpSamples) -> bool:
