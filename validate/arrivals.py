@@ -25,6 +25,7 @@ _ALIKE: Final = 0.75  # of a shift: what the middle half of its values spans at 
 _GAP: Final = 0.5  # of the distance of two groups' middles: what lies empty between them
 _FEWEST: Final = 0.05  # the share of requests that makes a group
 _MIN_REQUESTS: Final = 10
+_TOLD_NS: Final = 1_000
 _SAME_NS: Final = 1_000_000  # sent at the same time, as far as clients and files of milliseconds tell
 
 
@@ -147,7 +148,7 @@ def sent_check(measured: Run, other: Run, what: str, *, name: str) -> Check | No
     """How many requests were sent when another run says so, but for a difference that is the same for all.
 
     Such a difference may be another origin of the clock, and changes nothing that counts from a request's own stamps:
-    it is no error, and told in the note.
+    it is no error, and told in the note. Nor is half a step, which a busy client may be late and an engine hardly sees.
 
     Args:
         measured, other: the same requests in the same order.
@@ -161,10 +162,14 @@ def sent_check(measured: Run, other: Run, what: str, *, name: str) -> Check | No
     if (np.abs(offsets_ns) <= _SAME_NS).all():
         return None
     middle, n = float(np.median(offsets_ns)), len(offsets_ns)
-    same = int((np.abs(offsets_ns - middle) <= _SAME_NS).sum())
+    away_ns = np.abs(offsets_ns - middle)
+    same = int((away_ns <= max(_SAME_NS, turn_ns(measured) / 2)).sum())
     side = f"{abs(middle) / NS_PER_MS:,.3f} ms {'after' if middle > 0 else 'before'} that of {what}"
     if same == n:
-        note = f"arrival_ns lies {side}, of all alike: another origin of the clock, or one of the two is shifted"
+        within = f" but for {away_ns.max() / NS_PER_MS:,.3f} ms" if away_ns.max() >= _TOLD_NS else ""
+        note = (
+            f"arrival_ns lies {side}, of all alike{within}: another origin of the clock, or one of the two is shifted"
+        )
     else:
         ends = " to ".join(f"{float(end) / NS_PER_MS:+,.3f}" for end in (offsets_ns.min(), offsets_ns.max()))
         note = f"arrival_ns lies {side} (median, from {ends} ms): {n - same} of {n} requests were sent at other times"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow.compute as pc
 import pytest
 
 from kvtwin.traces.run import Run, RunInfo
@@ -89,3 +90,16 @@ def test_other_times_of_sending() -> None:
     some = sent_check(make(way, early_ms=np.where(np.arange(NUM_REQUESTS) < 50, 20.0, 0.0)), run, "the plan", name="x")
     assert some is not None and some.error == -0.25
     assert "50 of 200 requests were sent at other times" in some.note
+
+
+def test_a_client_that_is_late_by_less_than_half_a_step_sends_as_planned() -> None:
+    """So was the client of a real recording: up to 15.6 ms late, where a token takes 34 ms."""
+    late = np.where(np.arange(NUM_REQUESTS) % 8 == 0, 14.0, 0.0)
+    run = make(np.full(NUM_REQUESTS, 10.0), early_ms=late)
+    finish = pc.add(run.requests.column("first_token_ns"), 30 * MS)  # of the second of two tokens
+    at = run.requests.schema.get_field_index("finish_ns")
+    slow = Run(run.info, {"requests": run.requests.set_column(at, "finish_ns", finish)})
+    check = sent_check(slow, make(np.full(NUM_REQUESTS, 20.0)), "the plan", name="x")
+    assert check is not None and check.error == 0
+    fast = sent_check(run, make(np.full(NUM_REQUESTS, 20.0)), "the plan", name="x")
+    assert fast is not None and fast.error == -0.125
