@@ -121,7 +121,7 @@
   function addAge(time) {
     const days = Math.floor((Date.now() - Date.parse(time.dateTime)) / 86_400_000);
     if (!(days >= 0)) return;
-    time.after(days === 0 ? ", today" : `, ${days} day${days === 1 ? "" : "s"} ago`);
+    time.after(days === 0 ? ", today" : `, ${days}\u00a0day${days === 1 ? "" : "s"}\u00a0ago`);
   }
 
   // ---- figures -------------------------------------------------------------------------------------------

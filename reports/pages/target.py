@@ -150,7 +150,7 @@ def _drifts_section(drifts: Sequence[Drift]) -> str:
             percent(drift.before),
             percent(drift.now),
             drift.moved or MISSING,
-            drift.since or MISSING,
+            drift.since or (MISSING if drift.verdict in ("new", "gone") else "this check"),
             MISSING if drift.allowed is None else percent(drift.allowed, signed=False),
         )
         for drift in sorted(drifts, key=lambda drift: _DRIFTS.index(drift.verdict))
