@@ -155,8 +155,8 @@ class Attribution:
 
     Attributes:
         run: name of the recorded run.
-        metric: such as "ttft_mean"; a layer's own measure is "output_tokens", "ttft_arrival", "step_bias",
-            "identical_steps" or "cached_tokens", with that layer as its only part.
+        metric: such as "ttft_mean"; a layer's own measure is "output_tokens", "ttft_arrival", "identical_arrivals",
+            "step_bias", "identical_steps" or "cached_tokens", with that layer as its only part.
         unit: of `measured` and `simulated`.
         parts: in the order of the waterfall; their changes sum to simulated / measured - 1.
         blamed: the layer that causes most of it; None while the error is within its doubt.
