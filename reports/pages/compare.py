@@ -260,4 +260,4 @@ def _settings_table(found: SideBySide) -> Table:
 def _facts_table(found: SideBySide) -> Table:
     keys = dict.fromkeys(key for run in found.facts for key in run)
     rows = [(key.replace("_", " "), *(str(run.get(key, "-")) for run in found.facts)) for key in keys]
-    return Table("What is known of the runs", ("", *found.names), rows)
+    return Table("What is known of the runs", ("fact", *found.names), rows)
