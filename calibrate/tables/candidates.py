@@ -26,7 +26,9 @@ from kvtwin.sim.latency.coordinates import COORDINATES
 from kvtwin.sim.latency.grid import FloatArray
 from kvtwin.sim.latency.operators import OperatorModel
 from kvtwin.sim.latency.surface import PAIRS
-from kvtwin.sim.latency.work import TILES, WAVES, Columns, alternatives, pooled, terms
+from kvtwin.sim.latency.work.columns import Columns, pooled
+from kvtwin.sim.latency.work.prefill import alternatives
+from kvtwin.sim.latency.work.terms import TILES, WAVES, terms
 from kvtwin.traces.readers.optable import OpSamples
 
 # Thread blocks that a device runs at once, where its GPU is not known: 1 to 8 on each streaming multiprocessor of common
@@ -180,7 +182,7 @@ class Forested(_Fitted):
 
 
 class Pooled(_Fitted):
-    """Attention of all heads together: what a base misses, by group, thread blocks and length (`work.pooled`).
+    """Attention of all heads together: what a base misses, by group, thread blocks and length (`work.columns.pooled`).
 
     A number of requests that was left out was measured all the same, as fewer requests of a model with more heads.
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from kvtwin.calibrate.models import MODELS
 from kvtwin.calibrate.tables.timer import timer_step_us
-from kvtwin.sim.latency.work import context_of_each
+from kvtwin.sim.latency.work.columns import context_of_each
 from kvtwin.traces.errors import InputError
 from kvtwin.traces.readers.optable import FloatArray, OpSamples, OpTable
 

@@ -25,7 +25,7 @@ from kvtwin.sim.latency.grid import FloatArray
 from kvtwin.sim.latency.octaves import octave
 from kvtwin.sim.latency.operators import MIN_TIME_US, OperatorModel, OperatorTable, Scale
 from kvtwin.sim.latency.profile import Profile
-from kvtwin.sim.latency.work import TILES, terms
+from kvtwin.sim.latency.work.terms import TILES, terms
 from kvtwin.traces.errors import InputError
 from kvtwin.traces.readers.optable import OpSamples, OpTable
 

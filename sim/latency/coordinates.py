@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 
 from kvtwin.sim.latency.grid import FloatArray
-from kvtwin.sim.latency.work import Columns, attention_heads, context_of_each, prefills
+from kvtwin.sim.latency.work.columns import Columns, attention_heads, context_of_each, prefills
 
 _USUAL_SLOTS: Final = 132.0  # tiles at once, where the trend saw no waves
 _TILES: Final = ((64.0, 64.0), (64.0, 128.0), (128.0, 128.0), (128.0, 256.0), (256.0, 128.0))  # rows, columns

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from kvtwin.sim.latency.grid import FloatArray
 from kvtwin.sim.latency.octaves import digits
-from kvtwin.sim.latency.work import Columns
+from kvtwin.sim.latency.work.columns import Columns
 
 _MIN_FACTOR: Final = 0.1
 _MAX_FACTOR: Final = 10.0

@@ -22,7 +22,8 @@ from kvtwin.sim.latency.forest import Forest
 from kvtwin.sim.latency.grid import FloatArray
 from kvtwin.sim.latency.octaves import octave
 from kvtwin.sim.latency.surface import Surface
-from kvtwin.sim.latency.work import Columns, pooled, trend
+from kvtwin.sim.latency.work.columns import Columns, pooled
+from kvtwin.sim.latency.work.terms import trend
 from kvtwin.traces.errors import InputError
 
 MIN_TIME_US: Final = 1e-3  # no prediction is shorter
@@ -58,12 +59,12 @@ class OperatorModel:
     Attributes:
         op, work, key: which operator (`traces.readers.optable.OpSamples`).
         constants: columns that the key fixes (head_dim, window_size ...).
-        prices: microseconds per unit of each term of `work.py`; empty for a table alone.
+        prices: microseconds per unit of each term of `work/`; empty for a table alone.
         tile, slots: of the trend's thread blocks; slots 0: no waves.
         bank: table of ratios or rests (with prices) or of times (without); None for the trend alone.
         surface: what the trend misses, smooth in physical coordinates.
         forest: the same, learnt by trees.
-        pool: rests by group of query heads, thread blocks and length (`work.pooled`), shared by all shapes.
+        pool: rests by group of query heads, thread blocks and length (`work.columns.pooled`), shared by all shapes.
         elsewhere: without prices, the model of shapes that the bank does not know; its own `elsewhere` is None.
         scale: from the hardware that prices and bank were fitted on to another; None for the same.
     """

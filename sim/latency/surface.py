@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from kvtwin.sim.latency.grid import FloatArray
 from kvtwin.sim.latency.octaves import digits, octave, plain
-from kvtwin.sim.latency.work import Columns
+from kvtwin.sim.latency.work.columns import Columns
 
 _MIN_FACTOR: Final = 0.1
 

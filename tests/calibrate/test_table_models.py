@@ -34,7 +34,7 @@ from kvtwin.sim.latency.octaves import octave
 from kvtwin.sim.latency.operators import OperatorModel, OperatorTable
 from kvtwin.sim.latency.profile import Profile
 from kvtwin.sim.latency.surface import Surface
-from kvtwin.sim.latency.work import trend
+from kvtwin.sim.latency.work.terms import trend
 from kvtwin.traces.errors import InputError
 from kvtwin.traces.readers.optable import OpSamples, OpTable
 

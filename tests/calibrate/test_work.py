@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtwin.calibrate.tables.candidates import Trend
-from kvtwin.sim.latency.work import WORKS, _list_end, trend
+from kvtwin.sim.latency.work.lists import list_end
+from kvtwin.sim.latency.work.terms import WORKS, trend
 from kvtwin.traces.errors import InputError
 from kvtwin.traces.readers.optable import plain_samples
 
@@ -22,7 +23,7 @@ def test_list_scheduling_in_closed_form(slots: int, many: int, long: int, more: 
     for block in [long] * many + [other] * more:
         heapq.heapreplace(ends, ends[0] + block)
     first, length, second, span = (np.array([float(value)]) for value in (many, long, more, other))
-    assert _list_end(first, length, second, span, float(slots))[0] == pytest.approx(max(ends))
+    assert list_end(first, length, second, span, float(slots))[0] == pytest.approx(max(ends))
 
 
 @given(

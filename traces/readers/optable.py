@@ -22,12 +22,12 @@ from kvtwin.traces.readers.text import provenance
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 
-# What an operator's time is made of; the formulas are in `sim/latency/work.py`.
+# What an operator's time is made of; the formulas are in `sim/latency/work/`.
 WORKS: Final = (
     "prefill_attention",  # num_seqs, chunk (new tokens of each), prefix (cached tokens of each)
     "decode_attention",  # num_decode, context (of each)
     "mixed_attention",  # chunk and prefix of one prefill, num_decode and context (of each)
-    # (both also with prefill_tokens and prefill_key of all prefills together: `work.prefills`)
+    # (both also with prefill_tokens and prefill_key of all prefills together: `work.columns.prefills`)
     "uneven_decode",  # num_decode; a share long_share of them has `skew` times the others' `context`
     "uneven_mixed",  # the same, with chunk and prefix of one prefill
     "uneven_prefill",  # num_seqs, prompt_tokens and squares (sums over them), longest, prefix (of each)

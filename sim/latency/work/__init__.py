@@ -1,0 +1,1 @@
+"""What an operator's work is: columns of a batch to terms whose prices a fit finds; `terms.py` begins."""

@@ -1,0 +1,111 @@
+"""What an operator's work is: columns of a batch to non-negative terms whose prices a fit finds.
+
+    trend = sum over terms of price * term
+
+Terms are shaped like a roofline: a floor (1), bytes, arithmetic, and *waves*: a GPU runs `slots` thread blocks at
+once, so 189 blocks on 188 slots take as long as 376. `tile` is how many rows one block works on. Only +, -, *, /,
+comparisons, ceil and floor are used, so the numbers are the same on every machine (see `grid.py`).
+
+Sources: the blocks of FlashAttention-2 (`flash_fwd_kernel.h`: one per tile of queries, sequence and head; decodes pack
+a key-value head's queries and split the context where the GPU would idle), list scheduling of blocks (Graham 1969) and
+NVIDIA's "Matrix Multiplication Background User's Guide" (tile and wave quantisation). TPUs and CPUs have no waves:
+there the fit picks slots = 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from kvtwin.sim.latency.work.columns import Columns, Terms, Work, ceil, column, context_of_each
+from kvtwin.sim.latency.work.decode import decode_attention
+from kvtwin.sim.latency.work.mixed import mixed_attention
+from kvtwin.sim.latency.work.prefill import prefill_attention
+from kvtwin.sim.latency.work.products import gemm, moe
+from kvtwin.sim.latency.work.uneven import uneven_decode, uneven_mixed, uneven_prefill
+from kvtwin.traces.errors import InputError
+
+
+def _tokens(columns: Columns, tile: float, slots: float) -> Terms:  # noqa: ARG001 - the contract's
+    tokens = columns["num_tokens"]
+    terms = {"call": np.ones(len(tokens)), "tokens": tokens, "tiles": ceil(tokens, tile)}
+    return terms | {
+        f"tokens over {int(knot)}": np.maximum(tokens - knot, 0.0) for knot in (64.0, 256.0, 1024.0, 4096.0)
+    }
+
+
+def _transfer(columns: Columns, tile: float, slots: float) -> Terms:  # noqa: ARG001 - the contract's
+    size, devices = columns["num_bytes"], column(columns, "num_gpus", 2.0)
+    terms = {"call": np.ones(len(size)), "devices": devices, "bytes": size, "ring": size * (devices - 1) / devices}
+    return terms | {
+        f"bytes over {int(knot)}": np.maximum(size - knot, 0.0) for knot in (65536.0, 524288.0, 4194304.0, 33554432.0)
+    }
+
+
+def _prompt_step(columns: Columns, tile: float, slots: float) -> Terms:  # noqa: ARG001 - the contract's
+    seqs, prompt = columns["num_seqs"], columns["prompt_tokens"]
+    tokens = seqs * prompt
+    terms = {"call": np.ones(len(tokens)), "tokens": tokens, "pairs": tokens * prompt, "seqs": seqs}
+    return terms | {
+        f"tokens over {int(knot)}": np.maximum(tokens - knot, 0.0) for knot in (256.0, 1024.0, 2048.0, 4096.0)
+    }
+
+
+def _token_step(columns: Columns, tile: float, slots: float) -> Terms:  # noqa: ARG001 - the contract's
+    seqs, context = columns["num_decode"], context_of_each(columns)
+    terms = {
+        "call": np.ones(len(seqs)),
+        "seqs": seqs,
+        "context": seqs * context,
+        "batch": (seqs > 1).astype(np.float64),
+    }
+    return terms | {f"seqs over {int(knot)}": np.maximum(seqs - knot, 0.0) for knot in (8.0, 16.0, 32.0)}
+
+
+WORKS: Final[Mapping[str, Work]] = {
+    "prefill_attention": prefill_attention,
+    "decode_attention": decode_attention,
+    "mixed_attention": mixed_attention,
+    "uneven_decode": uneven_decode,
+    "uneven_mixed": uneven_mixed,
+    "uneven_prefill": uneven_prefill,
+    "gemm": gemm,
+    "moe": moe,
+    "tokens": _tokens,
+    "transfer": _transfer,
+    "prompt_step": _prompt_step,
+    "token_step": _token_step,
+}
+
+# Works whose time moves in waves of thread blocks, so that `slots` is worth a search; and tiles worth trying.
+WAVES: Final = ("prefill_attention", "decode_attention", "mixed_attention", "uneven_decode", "uneven_mixed", "gemm")
+TILES: Final[Mapping[str, tuple[float, ...]]] = {
+    "prefill_attention": (64.0, 128.0, 256.0), "mixed_attention": (64.0, 128.0), "uneven_mixed": (64.0, 128.0),
+    "decode_attention": (1.0, 16.0, 64.0), "uneven_decode": (16.0, 64.0), "gemm": (64.0, 128.0, 256.0),
+    "moe": (16.0, 64.0, 128.0), "tokens": (16.0, 64.0, 128.0),
+}  # fmt: skip
+
+
+def terms(work: str, columns: Columns, tile: float, slots: float) -> Terms:
+    """The terms of n batches, each of shape (n,). Raises KeyError for an unknown work or a missing column."""
+    return WORKS[work]({name: np.asarray(values, np.float64) for name, values in columns.items()}, tile, slots)
+
+
+def trend(
+    work: str, columns: Columns, prices: Mapping[str, float], tile: float, slots: float
+) -> npt.NDArray[np.float64]:
+    """sum of price * term: float64 of shape (n,), added up term by term (see `regression.py`).
+
+    Raises:
+        InputError: a price of a term that is not known (a profile of another version).
+    """
+    found = terms(work, columns, tile, slots)
+    if unknown := prices.keys() - found.keys():
+        raise InputError(f"the profile prices {min(unknown)!r}, which this version does not know: calibrate it anew")
+    total = np.zeros(len(next(iter(found.values()))))
+    for name, price in prices.items():
+        total = total + price * found[name]
+    return total
