@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv as python_csv
 import json
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,14 @@ def test_shorter_hashes_keep_the_sharing_of_whole_blocks(tmp_path: Path) -> None
     assert found[0] == found[1][:2]
     assert found[2][0] == found[0][0]
     assert found[2][1] not in found[1]  # a partial block, which has less in it than the others' whole ones
+
+
+def test_request_ids_of_any_kind_are_one_cell_of_csv(tmp_path: Path) -> None:
+    names = ["</script><script>'\u2028,\n\"", "=HYPERLINK(1)", "\r;\t|"]
+    write_csv(make_run(None, request_id=names), tmp_path / "t.csv")
+    with (tmp_path / "t.csv").open(newline="", encoding="utf-8") as stream:
+        head, *rows = python_csv.reader(stream)
+    assert [dict(zip(head, row, strict=True))["request_id"] for row in rows] == names
 
 
 @pytest.mark.parametrize("columns", [{}, {"block_hashes": [None, [4], None]}])

@@ -15,7 +15,8 @@ from kvtwin.traces.run import Run
 def write_csv(run: Run, path: str | os.PathLike[str]) -> int:
     """Write the run's requests, replacing an older file: all of it or nothing.
 
-    Columns that are unknown throughout are left out; block hashes are separated by blanks.
+    Columns that are unknown throughout are left out; block hashes are separated by blanks. Texts stand as they are: a
+    spreadsheet may take a request id that begins with = as a formula unless it imports the column as text.
 
     Returns:
         How many requests were written.
