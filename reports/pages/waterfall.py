@@ -128,7 +128,7 @@ def _waterfall(found: Attribution, whole: Interval | None) -> _Waterfall:
         begins, ends, doubts = [*begins, 0.0], [*ends, error], [*doubts, whole]
     names = (*(part.layer for part in parts), "error")
     intervals = tuple(
-        None if doubt is None else (begin + 100 * doubt[0], begin + 100 * doubt[1])
+        (begin + 100 * doubt[0], begin + 100 * doubt[1]) if doubt and all(map(math.isfinite, doubt)) else None
         for begin, doubt in zip(begins, doubts, strict=True)
     )
     return _Waterfall(found.metric, names[: len(ends)], tuple(begins), tuple(ends), intervals)

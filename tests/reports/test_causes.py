@@ -59,6 +59,8 @@ def test_a_change_that_is_unknown_is_no_bar() -> None:
     figure = waterfall_figure([unknown])
     assert drawn(figure)[0]["y"] == ["remainder", "error"]
     assert figure.table is not None and figure.table.rows[0][1] == MISSING
+    endless = replace(FOUND, parts=(Part("cache", 0.08, (math.nan, math.inf)),))
+    assert drawn(waterfall_figure([endless]))[1]["y"] == []
     nothing = replace(FOUND, measured=0.0, parts=(Part("cache", math.nan),))
     assert drawn(waterfall_figure([nothing]))[0]["y"] == []
 
