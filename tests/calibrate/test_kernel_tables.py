@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -106,7 +107,7 @@ def pairs_us(tokens: float, prefix: float) -> float:
     return 10.0 + 1e-4 * tokens * (prefix + tokens / 2)
 
 
-def attention_of(prefills: list[tuple[int, float]]) -> pa.Table:
+def attention_of(prefills: Sequence[tuple[int, float]]) -> pa.Table:
     kept = kernel_profile().attention.filter(pa.compute.field("n_decode") > 0)
     names = ("prefill_chunk", "kv_prefill", "n_decode", "kv_decode", "time_us")
     rows = [(tokens, prefix, 0, 0, pairs_us(tokens, prefix)) for tokens, prefix in prefills]
