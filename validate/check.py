@@ -234,7 +234,7 @@ def _compare_schedule(run: Run, twin: Twin, name: str, gates: Gates) -> tuple[Sc
     checks = [check for check in checks if _is_told(check, finding)]
     if first is run:
         return finding, checks
-    note = f"the first {first.steps.num_rows} of {run.steps.num_rows} steps"
+    note = f"the first {first.steps.num_rows:,} of {run.steps.num_rows:,} steps"
     checks = [replace(check, note="; ".join([note, *([check.note] if check.note else [])])) for check in checks]
     return replace(finding, not_judged=(f"steps after {note}", *finding.not_judged)), checks
 

@@ -209,7 +209,7 @@ def _beginning(measured: Run, twin: Twin) -> tuple[Run, Twin, npt.NDArray[np.boo
     run = Run(twin.run.info, {"requests": twin.run.requests.slice(0, num_requests)})
     # The later ones are there for the company they give; their own times end after the cut.
     judged = first.requests.column("finish_ns").fill_null(cut_ns).to_numpy() < cut_ns
-    note = f"of the first {MAX_STEPS} steps: {int(judged.sum())} requests"
+    note = f"of the first {MAX_STEPS:,} steps: {int(judged.sum()):,} requests"
     return first, Twin(workload, twin.config, twin.latency, twin.host, run), judged, [note]
 
 

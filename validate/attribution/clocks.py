@@ -78,7 +78,7 @@ def steps_and_requests(run: Run) -> str | None:
     early = lag < -_TOLERANCE_NS
     words = []
     if late.sum() > _FEW * max(known.sum(), 1):
-        words.append(f"{late.sum()} of {known.sum()} steps end after the scheduler had taken in their tokens")
+        words.append(f"{late.sum():,} of {known.sum():,} steps end after the scheduler had taken in their tokens")
     if len(lag) and early.mean() > _FEW:
         words.append(f"{early.sum()} of {len(lag)} requests finish before the step that computes their last token ends")
     return f"steps and requests of the recording contradict one another: {', '.join(words)}" if words else None

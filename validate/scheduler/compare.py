@@ -196,6 +196,6 @@ def _unknown(measured: Run, simulated: Run) -> list[str]:
         for name in (*LISTS, *_COUNTS):
             nulls = run.steps.column(name).null_count
             if nulls:
-                share = "" if nulls == run.steps.num_rows else f" in {nulls} of {run.steps.num_rows} steps"
+                share = "" if nulls == run.steps.num_rows else f" in {nulls:,} of {run.steps.num_rows:,} steps"
                 found.append(f"{name}: not recorded by the {who} run{share}")
     return found
