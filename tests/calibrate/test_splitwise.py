@@ -1,0 +1,48 @@
+"""Whole steps as Splitwise has them: what the physics of prompt and token steps must follow, on known truths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from kvtwin.calibrate.tables.candidates import Trend
+from kvtwin.traces.readers.optable import OpSamples
+
+SamplesOf = Callable[..., OpSamples]
+Column = npt.NDArray[np.float64]
+
+BATCHES = np.array([1, 2, 4, 8, 16, 32, 64])
+LENGTHS = np.array([128, 256, 512, 1024, 2048, 4096, 8192])
+
+
+def measured(at: int, sizes: npt.NDArray[np.int64]) -> tuple[Column, Column]:
+    """Splitwise's cross: batches of 512-token prompts, and single prompts of every length."""
+    batch = np.concatenate([BATCHES, np.ones(len(sizes))])
+    return batch, np.concatenate([np.full(len(BATCHES), at), sizes]).astype(np.float64)
+
+
+def left_out(samples: OpSamples, held: npt.NDArray[np.bool_]) -> Column:
+    """Relative errors of the physics fitted without the held-out rows."""
+    columns = {name: values[held] for name, values in samples.columns.items()}
+    return np.abs(Trend().fit(samples.where(~held)).time_us(columns) / samples.time_us[held] - 1)
+
+
+@pytest.mark.parametrize("batch", [16, 32])
+def test_a_prompt_step_that_takes_another_path_beyond_some_size(samples_of: SamplesOf, batch: int) -> None:
+    """The path shows in single prompts as long as the batch that was left out, or in larger batches."""
+    seqs, prompt = measured(512, LENGTHS)
+    tokens = seqs * prompt
+    time_us = 5e4 + 150.0 * tokens + 9e5 * (tokens > 4096)
+    samples = samples_of("prompt_step", {"num_seqs": seqs, "prompt_tokens": prompt}, time_us)
+    assert left_out(samples, seqs == batch).max() < 0.01
+
+
+def test_decodes_that_wait_for_the_weights_do_not_bend_before_tens_of_them(samples_of: SamplesOf) -> None:
+    seqs, context = measured(576, LENGTHS)
+    time_us = 5e4 + 200.0 * seqs + 0.2 * seqs * context + 600.0 * np.maximum(seqs - 32, 0)
+    samples = samples_of("token_step", {"num_decode": seqs, "context": context}, time_us)
+    assert left_out(samples, seqs == 32).max() < 0.01
+    assert left_out(samples, seqs == 16).max() < 0.01
