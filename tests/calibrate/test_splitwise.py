@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
 from kvtwin.calibrate.tables.candidates import Trend
+from kvtwin.calibrate.tables.checks import faster_than_less, prepare
+from kvtwin.traces.readers.op_tables import read_op_table
 from kvtwin.traces.readers.optable import OpSamples
 
 SamplesOf = Callable[..., OpSamples]
@@ -46,3 +50,27 @@ def test_decodes_that_wait_for_the_weights_do_not_bend_before_tens_of_them(sampl
     samples = samples_of("token_step", {"num_decode": seqs, "context": context}, time_us)
     assert left_out(samples, seqs == 32).max() < 0.01
     assert left_out(samples, seqs == 16).max() < 0.01
+
+
+def test_a_step_that_is_faster_than_one_with_less_work_is_suspect(samples_of: SamplesOf) -> None:
+    seqs, prompt = measured(512, LENGTHS)
+    time_us = 5e4 + 150.0 * seqs * prompt
+    time_us[seqs == 64] = 8e5
+    samples = samples_of("prompt_step", {"num_seqs": seqs, "prompt_tokens": prompt}, time_us)
+    assert np.array_equal(faster_than_less(samples), seqs == 64)
+
+
+def test_one_step_that_is_too_slow_casts_no_doubt_on_larger_ones(samples_of: SamplesOf) -> None:
+    seqs, prompt = measured(512, LENGTHS)
+    time_us = 5e4 + 150.0 * seqs * prompt
+    time_us[seqs == 4] *= 20
+    samples = samples_of("prompt_step", {"num_seqs": seqs, "prompt_tokens": prompt}, time_us)
+    assert np.array_equal(faster_than_less(samples), seqs == 4)
+
+
+def test_splitwise_marks_its_suspect_rows_and_the_rule_finds_them_unmarked(shared: Path) -> None:
+    table = prepare(read_op_table(shared / "data/profiles/splitwise/perf_model_clean.csv.gz"))
+    for samples in table.samples:
+        doubted = faster_than_less(replace(samples, suspect=np.zeros(len(samples), np.bool_)))
+        marked = samples.suspect if samples.op == "prompt_time" else np.zeros(len(samples), np.bool_)
+        assert np.array_equal(doubted, marked), samples.name
