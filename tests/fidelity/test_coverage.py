@@ -32,13 +32,13 @@ pytestmark = pytest.mark.fidelity
 # error of 1.5 points, and the lowest of fifteen lies lower. From 300 requests on; and of 100, of which the last hold
 # few spells of load: see validate/README.md.
 LOWEST: Mapping[str, tuple[float, float]] = {
-    "engine, busy": (0.90, 0.85),
-    "engine, busy, until it drains": (0.86, 0.75),
-    "queue at load 0.8": (0.88, 0.86),
-    "heavy work, load 0.7": (0.86, 0.84),
-    "bursts, load 0.6": (0.85, 0.75),
-    "4 servers, load 0.8": (0.84, 0.80),
-    "queue at load 0.9": (0.75, 0.65),
+    "engine, busy": (0.87, 0.85),
+    "engine, busy, until it drains": (0.87, 0.80),
+    "queue at load 0.8": (0.84, 0.86),
+    "heavy work, load 0.7": (0.81, 0.82),
+    "bursts, load 0.6": (0.84, 0.80),
+    "4 servers, load 0.8": (0.75, 0.84),
+    "queue at load 0.9": (0.70, 0.65),
 }
 
 
@@ -50,8 +50,8 @@ def test_paired_intervals_cover_the_truth(kind: str) -> None:
         told(f"{kind}, {n} requests", found)
         times = of_times(found).values()
         assert len(times) >= 15
-        assert min(one.given for one in times) > 0.8
-        long, short = LOWEST.get(kind, (0.90, 0.89))
+        assert min(one.given for one in times) > 0.75
+        long, short = LOWEST.get(kind, (0.88, 0.88))
         assert min(one.share for one in times) > (short if n == 100 else long)
         assert np.mean([one.share for one in times]) <= 0.985
 
