@@ -363,13 +363,15 @@ def relative_nnls(
     """
     from scipy.optimize import nnls
 
-    names = [name for name, values in found.items() if np.any(values)]
-    matrix = np.column_stack([found[name] / time_us for name in names])
-    scale = np.abs(matrix).max(axis=0)
+    values = np.array(list(found.values()))
+    shown = values.any(axis=1)
+    names = [name for name, keep in zip(found, shown, strict=True) if keep]
+    matrix = values[shown] / time_us
+    scale = np.abs(matrix).max(axis=1)
     # The normal equations keep the problem at the number of terms, whatever the number of rows.
-    scaled = matrix / scale
-    weighted = scaled if weights is None else scaled * weights[:, None]
-    gram, target = weighted.T @ scaled, weighted.sum(axis=0)
+    scaled = matrix / scale[:, None]
+    weighted = scaled if weights is None else scaled * weights
+    gram, target = weighted @ scaled.T, weighted.sum(axis=1)
     factor = np.linalg.cholesky(gram + np.eye(len(names)) * (1e-10 * max(np.trace(gram), 1e-300)))
     prices, _ = nnls(factor.T, np.linalg.solve(factor, target), maxiter=30 * len(names))
     return {name: float(price / size) for name, price, size in zip(names, prices, scale, strict=True) if price > 0}
