@@ -363,10 +363,8 @@ def relative_nnls(
     """
     from scipy.optimize import nnls
 
-    values = np.array(list(found.values()))
-    shown = values.any(axis=1)
-    names = [name for name, keep in zip(found, shown, strict=True) if keep]
-    matrix = values[shown] / time_us
+    shown = {name: values for name, values in found.items() if np.any(values)}
+    names, matrix = list(shown), np.array(list(shown.values())) / time_us
     scale = np.abs(matrix).max(axis=1)
     # The normal equations keep the problem at the number of terms, whatever the number of rows.
     scaled = matrix / scale[:, None]
