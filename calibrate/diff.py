@@ -23,8 +23,9 @@ def diff_profiles(old: Profile, new: Profile) -> dict[str, Any]:
 
     Returns:
         facts: those that differ, [old, new]. data: names of recordings in one only, and the number in both, by
-        digest. features: [old, new]. prices: by name, old and new value and interval, their ratio, and whether the
-        intervals overlap (None where one has none). host: fields that differ. accuracy: MAPE and bias by part,
+        digest. features: [old, new]. prices: by name, old and new value and interval (None where a model has no such
+        feature), their ratio, and whether the intervals overlap (both None where the models have different features:
+        what one prices alone is part of other prices in the other). host: fields that differ. accuracy: MAPE and bias by part,
         [old, new]. domain: statistics whose range differs. predictions: new / old - 1 over a grid of batches inside
         both domains: n, mean, mean size, p90 and largest size, the batch of the largest, and the mean by regime; None
         where a profile predicts operators and no steps.
@@ -69,18 +70,24 @@ def _data(old: Profile, new: Profile) -> dict[str, Any]:
 
 
 def _prices(old: Profile, new: Profile) -> dict[str, Any]:
-    """Prices of regressions; other models are compared by their predictions alone."""
+    """Prices of regressions; other models are compared by their predictions alone.
+
+    A price means something beside the other terms of its own model, so ratios are of models fitted with the same
+    features. There a term that is missing costs nothing.
+    """
     values = [one.latency.get("coefficients_ns") or {} for one in (old, new)]
+    features = [one.provenance.get("features") for one in (old, new)]
+    alike = features[0] == features[1]
     doubts = [(one.provenance.get("doubt") or {}).get("parameters") or {} for one in (old, new)]
     found: dict[str, Any] = {}
     for name in {**values[0], **values[1]}:
-        prices = [one.get(name, 0.0) for one in values]
+        prices = [one.get(name, 0.0 if alike else None) for one in values]
         intervals = [one[name]["interval"] if name in one else None for one in doubts]
         found[name] = {
             "value": prices,
             "interval": intervals,
-            "ratio": prices[1] / prices[0] if prices[0] else None,
-            "overlap": _overlap(*intervals),
+            "ratio": prices[1] / prices[0] if alike and prices[0] else None,
+            "overlap": _overlap(*intervals) if alike else None,
         }
     return found
 
@@ -152,7 +159,9 @@ def as_text(found: Mapping[str, Any]) -> str:
         f"; {label}: {', '.join(data[key])}" for key, label in (("only_old", "only old"), ("only_new", "only new")) if data[key]
     ))  # fmt: skip
     if found["features"][0] != found["features"][1]:
-        lines.append("features: {} -> {}".format(*found["features"]))
+        lines.append("features: {} -> {}; with others beside it a price means something else: compare predictions".format(
+            *found["features"]
+        ))  # fmt: skip
     lines += _price_lines(found["prices"])
     lines += [f"host {name}: {old} -> {new}" for name, (old, new) in found["host"].items()]
     rows = [
@@ -182,7 +191,7 @@ def _price_lines(prices: Mapping[str, Any]) -> list[str]:
     for name, one in prices.items():
         change = "" if one["ratio"] is None else f"{one['ratio'] - 1:+.1%}"
         remark = {True: "intervals overlap", False: "intervals apart", None: ""}[one["overlap"]]
-        rows.append([name, *(f"{value:,.1f}" for value in one["value"]), change, remark])
+        rows.append([name, *("-" if value is None else f"{value:,.1f}" for value in one["value"]), change, remark])
     return ["", *table(["price per unit, ns", "old", "new", "change", ""], rows), ""]
 
 

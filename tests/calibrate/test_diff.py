@@ -88,3 +88,20 @@ def test_profiles_without_prices_are_compared_by_predictions(profile: Profile) -
 def test_damaged_provenance_is_one_line(profile: Profile) -> None:
     with pytest.raises(InputError, match="provenance of a profile is damaged"):
         diff_profiles(profile, replace(profile, provenance={"runs": 5}))
+
+
+def test_prices_of_models_with_different_features_are_not_compared(profile: Profile) -> None:
+    prices = profile.latency["coefficients_ns"]
+    fewer = dict(list(prices.items())[:-1])
+    gone = (prices.keys() - fewer.keys()).pop()
+    free = replace(profile, latency={"coefficients_ns": fewer})
+    other = replace(free, provenance={**profile.provenance, "features": "others"})
+    found = diff_profiles(profile, other)
+    assert found["prices"][gone]["value"] == [prices[gone], None]
+    assert all(one["ratio"] is None and one["overlap"] is None for one in found["prices"].values())
+    assert found["predictions"]["n"] > 50
+    assert "compare predictions" in as_text(found)
+    same = diff_profiles(profile, free)  # the same features, of which one costs nothing
+    assert same["prices"][gone]["value"] == [prices[gone], 0.0]
+    assert same["prices"][gone]["ratio"] == 0
+    assert "compare predictions" not in as_text(same)
