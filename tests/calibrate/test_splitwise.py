@@ -10,8 +10,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from kvtwin.calibrate.tables.calibrate import fit_samples
 from kvtwin.calibrate.tables.candidates import Trend
 from kvtwin.calibrate.tables.checks import faster_than_less, prepare
+from kvtwin.calibrate.tables.choice import choose
+from kvtwin.calibrate.tables.holdout import HeldOut
 from kvtwin.traces.readers.op_tables import read_op_table
 from kvtwin.traces.readers.optable import OpSamples
 
@@ -74,3 +77,17 @@ def test_splitwise_marks_its_suspect_rows_and_the_rule_finds_them_unmarked(share
         doubted = faster_than_less(replace(samples, suspect=np.zeros(len(samples), np.bool_)))
         marked = samples.suspect if samples.op == "prompt_time" else np.zeros(len(samples), np.bool_)
         assert np.array_equal(doubted, marked), samples.name
+
+
+def test_batches_of_long_prompts_are_priced_by_physics_where_only_a_cross_was_measured(samples_of: SamplesOf) -> None:
+    """A straight line fits the arms as well as physics does, and knows nothing between them."""
+    seqs, prompt = measured(512, LENGTHS)
+    time_us = 5e4 + 150.0 * seqs * prompt
+    samples = samples_of("prompt_step", {"num_seqs": seqs, "prompt_tokens": prompt}, time_us)
+    batch = {"num_seqs": np.array([16.0]), "prompt_tokens": np.array([4096.0])}
+    assert fit_samples(samples, None).model.time_us(batch)[0] == pytest.approx(5e4 + 150.0 * 16 * 4096, rel=0.02)
+    held = HeldOut(
+        np.arange(len(seqs)), np.full(len(seqs), "num_seqs"), np.ones(len(seqs), np.bool_), np.arange(len(seqs)),
+        {"trend": 1.1 * time_us, "linear": time_us},
+    )  # fmt: skip
+    assert choose(samples, held).name == "trend"

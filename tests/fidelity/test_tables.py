@@ -31,7 +31,7 @@ GATES: Final[Mapping[tuple[str, str], Mapping[str, float]]] = {
     ("llmservingsim_v0/", "layers"): {"": 0.8},
     ("llmservingsim_v0/", "attention"): {"prefix": 0.3, "chunk": 1.2, "total_context": 0.8, "num_decode": 1.0},
     ("vidur/compute/", "mlp"): {"": 2.0},
-    ("splitwise/", "perf_model"): {"num_seqs": 8.0, "prompt_tokens": 3.4, "num_decode": 2.1, "output_tokens": 1.6},
+    ("splitwise/", "perf_model"): {"num_seqs": 6.0, "prompt_tokens": 3.3, "num_decode": 1.4, "output_tokens": 1.6},
     ("vidur/network/", "all_reduce"): {"": 4.5},
     ("vidur/network/", "send_recv"): {"": 7.5},
     ("aiconfigurator/", "gemm"): {"": 5.5},

@@ -54,7 +54,7 @@ def _prompt_step(columns: Columns, tile: float, slots: float) -> Terms:  # noqa:
     terms = {"call": np.ones(len(tokens)), "tokens": tokens, "pairs": tokens * prompt, "seqs": seqs}
     terms |= {f"tokens over {int(knot)}": np.maximum(tokens - knot, 0.0) for knot in (256.0, 1024.0, 2048.0, 4096.0)}
     # Beyond what some buffer holds a step takes another path, once and for all: Splitwise's 16 prompts of 512 tokens cost
-    # 30 % more a token on four and eight GPUs than 8 do, and 20 % more than 32.
+    # 19 to 35 % more a token on four and eight GPUs than 8 do, and 12 to 23 % more than 32.
     return terms | {f"beyond {int(size)}": (tokens > size).astype(np.float64) for size in _PATHS}
 
 
