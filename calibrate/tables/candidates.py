@@ -28,7 +28,7 @@ from kvtwin.sim.latency.operators import OperatorModel
 from kvtwin.sim.latency.surface import PAIRS
 from kvtwin.sim.latency.work.columns import Columns, pooled
 from kvtwin.sim.latency.work.prefill import alternatives
-from kvtwin.sim.latency.work.terms import TILES, WAVES, terms
+from kvtwin.sim.latency.work.terms import TILES, WAVES, dear_terms, terms
 from kvtwin.traces.readers.optable import OpSamples
 
 # Thread blocks that a device runs at once, where its GPU is not known: 1 to 8 on each streaming multiprocessor of common
@@ -117,9 +117,8 @@ class Trend(_Fitted):
         """See `Candidate`."""
         columns = _all_columns(samples)
         tile, slots, kernel = self._geometry(samples.work, columns, samples.time_us)
-        prices = relative_nnls(
-            alternatives(terms(samples.work, columns, tile, slots), columns)[kernel], samples.time_us
-        )
+        found = alternatives(terms(samples.work, columns, tile, slots), columns)[kernel]
+        prices = relative_nnls(found | dear_terms(samples.work, columns, tile, slots), samples.time_us)
         self.model_ = OperatorModel(samples.op, samples.work, samples.key, samples.constants, prices, tile, slots)
         return self
 

@@ -25,6 +25,7 @@ from kvtwin.sim.latency.work.decode import decode_attention
 from kvtwin.sim.latency.work.mixed import mixed_attention
 from kvtwin.sim.latency.work.prefill import prefill_attention
 from kvtwin.sim.latency.work.products import gemm, moe
+from kvtwin.sim.latency.work.schedule import last_end
 from kvtwin.sim.latency.work.uneven import uneven_decode, uneven_mixed, uneven_prefill
 from kvtwin.traces.errors import InputError
 
@@ -85,6 +86,8 @@ WORKS: Final[Mapping[str, Work]] = {
     "token_step": _token_step,
 }
 
+_LAST_END: Final = "last end"
+_SCHEDULED: Final = ("mixed_attention", "uneven_mixed")  # what is also played, block by block (`schedule.py`)
 # Works whose time moves in waves of thread blocks, so that `slots` is worth a search; and tiles worth trying.
 WAVES: Final = ("prefill_attention", "decode_attention", "mixed_attention", "uneven_decode", "uneven_mixed", "gemm")
 TILES: Final[Mapping[str, tuple[float, ...]]] = {
@@ -99,6 +102,15 @@ def terms(work: str, columns: Columns, tile: float, slots: float) -> Terms:
     return WORKS[work]({name: np.asarray(values, np.float64) for name, values in columns.items()}, tile, slots)
 
 
+def dear_terms(work: str, columns: Columns, tile: float, slots: float) -> Terms:
+    """Terms that are worth pricing, but too dear to search a geometry with: none but for prefills with decodes."""
+    if work not in _SCHEDULED:
+        return {}
+    return {
+        _LAST_END: last_end({name: np.asarray(values, np.float64) for name, values in columns.items()}, tile, slots)
+    }
+
+
 def trend(
     work: str, columns: Columns, prices: Mapping[str, float], tile: float, slots: float
 ) -> npt.NDArray[np.float64]:
@@ -108,6 +120,8 @@ def trend(
         InputError: a price of a term that is not known (a profile of another version).
     """
     found = terms(work, columns, tile, slots)
+    if _LAST_END in prices:
+        found |= dear_terms(work, columns, tile, slots)
     if unknown := prices.keys() - found.keys():
         raise InputError(f"the profile prices {min(unknown)!r}, which this version does not know: calibrate it anew")
     total = np.zeros(len(next(iter(found.values()))))

@@ -1,0 +1,80 @@
+"""When the thread blocks of prefills and decodes in one launch end: greedy list scheduling, head by head, in numpy.
+
+FlashAttention-2's grid runs over tiles of queries first, then over sequences, then over heads (`flash_fwd_launch_template.h`):
+a head's prefill, then its decodes, then the next head's. A free slot takes the next block. No closed form knows how such a
+list ends (a bound says at most one block later than it could; Graham 1969), so it is played: with each head the slots are
+sorted, and the i-th block goes to the i-th slot that comes free.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from kvtwin.sim.latency.grid import FloatArray
+from kvtwin.sim.latency.work.columns import Columns, attention_heads, prefills
+
+_BLOCK_START: Final = 160.0  # keys that a thread block could read while it starts and ends
+_EMPTY_BLOCK: Final = 16.0  # and one that finds nothing to do: a decode's, beyond its first tile
+_PIECE: Final = 64.0  # keys that a block takes at a time
+_MANY_SLOTS: Final = 376  # thread blocks at once, where the trend saw no waves
+_MOST_KNOWN: Final = 1 << 18
+_ROWS_AT_ONCE: Final = 4096
+
+# Ends that were played before, by the row's numbers: a hold-out asks for the same rows again and again.
+_known: dict[bytes, float] = {}
+
+
+def last_end(columns: Columns, tile: float, slots: float) -> FloatArray:
+    """When the last block of n batches ends, in keys: float64 of shape (n,).
+
+    Columns as of `mixed_attention`, or of `uneven_mixed` (decodes of two lengths, the long ones first).
+    """
+    _, chunk, prefix = prefills(columns)
+    decodes, short = columns["num_decode"], columns["context"]
+    num_long = np.rint(decodes * columns["long_share"]) if "long_share" in columns else np.zeros(len(chunk))
+    longer = short * columns["skew"] if "skew" in columns else short
+    heads = attention_heads(columns)[0]
+    fixed = np.full((len(chunk), 2), [tile, slots or _MANY_SLOTS])
+    rows = np.column_stack([chunk, prefix, num_long, longer, decodes - num_long, short, heads, fixed])
+    keys = rows.view(f"V{rows.itemsize * rows.shape[1]}").ravel().tolist()
+    if len(_known) > _MOST_KNOWN:
+        _known.clear()
+    missing = {key: at for at, key in enumerate(keys) if key not in _known}
+    num_blocks = np.ceil(chunk / tile) + decodes
+    order = sorted(missing.values(), key=lambda at: num_blocks[at])  # rows with as many blocks are played together
+    for first in range(0, len(order), _ROWS_AT_ONCE):
+        here = order[first : first + _ROWS_AT_ONCE]
+        _known.update(zip((keys[at] for at in here), _played(rows[here], tile).tolist(), strict=True))
+    return np.array([_known[key] for key in keys])
+
+
+def _played(rows: FloatArray, tile: float) -> FloatArray:
+    """`last_end` of rows: chunk, prefix, decodes of either length, heads, (tile) and slots, which is one for all."""
+    slots, num_heads = int(rows[0, -1]), rows[:, 6]
+    lengths, tiles = _lengths(rows, tile)
+    empty = _EMPTY_BLOCK * (rows[:, 2] + rows[:, 4]) * (tiles - 1) / slots  # so small and many that they spread evenly
+    free = np.zeros((len(rows), slots), np.float32)
+    for head in range(int(num_heads.max())):
+        runs = (num_heads > head)[:, None]
+        for first in range(0, lengths.shape[1], slots):
+            free.sort(axis=1)
+            part = lengths[:, first : first + slots]
+            free[:, : part.shape[1]] += np.where(runs, part, np.float32(0))
+        free += np.where(runs, empty.astype(np.float32)[:, None], np.float32(0))
+    ends: FloatArray = free.max(axis=1).astype(np.float64)
+    return ends
+
+
+def _lengths(rows: FloatArray, tile: float) -> tuple[npt.NDArray[np.float32], FloatArray]:
+    """Blocks of one head in order, 0 where a row has fewer; and its tiles of queries."""
+    chunk, prefix, num_long, longer, num_short, short = (column[:, None] for column in rows[:, :6].T)
+    tiles = np.ceil(chunk / tile)
+    index = np.arange(int((tiles + num_long + num_short).max()))[None, :]
+    keys = np.where(
+        index < tiles, prefix + np.minimum((index + 1) * tile, chunk), np.where(index < tiles + num_long, longer, short)
+    )
+    blocks = np.ceil(keys / _PIECE) * _PIECE + _BLOCK_START
+    return np.where(index < tiles + num_long + num_short, blocks, 0.0).astype(np.float32), tiles[:, 0]
