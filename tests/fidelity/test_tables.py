@@ -26,8 +26,8 @@ pytestmark = pytest.mark.fidelity
 GATES: Final[Mapping[tuple[str, str], Mapping[str, float]]] = {
     ("llmservingsim/", "dense"): {"": 1.5},
     ("llmservingsim/", "per_sequence"): {"": 2.0},
-    ("llmservingsim/", "attention"): {"prefix": 1.9, "chunk": 3.5, "context": 2.8, "num_decode": 4.9},
-    ("llmservingsim/", "skew"): {"chunk": 2.7, "prefix": 2.1, "long_share": 3.0, "context": 4.1, "num_decode": 6.0},
+    ("llmservingsim/", "attention"): {"prefix": 1.7, "chunk": 2.7, "context": 2.5, "num_decode": 3.2},
+    ("llmservingsim/", "skew"): {"chunk": 1.9, "prefix": 1.6, "long_share": 2.4, "context": 3.1, "num_decode": 3.7},
     ("llmservingsim_v0/", "layers"): {"": 0.8},
     ("llmservingsim_v0/", "attention"): {"prefix": 0.3, "chunk": 1.2, "total_context": 0.8, "num_decode": 1.0},
     ("vidur/compute/", "mlp"): {"": 2.0},
