@@ -65,6 +65,16 @@ def test_the_end_is_about_that_of_a_heap_which_takes_block_after_block() -> None
         assert last_end(batch(chunk, prefix, long, short, 32), TILE, 188.0)[0] == pytest.approx(exact, rel=0.05)
 
 
+def test_each_of_several_prefills_has_its_own_blocks() -> None:
+    """Three prefills of 128 tokens whose queries see 64 keys, two tiles each: six blocks of one head, on six slots or on one."""
+    columns = batch(384, 0, (0, 64), (1, 64), 1) | {
+        "prefill_tokens": np.array([384.0]),
+        "prefill_key": np.array([64.0]),
+    }
+    ends = [float(last_end(columns, TILE, slots)[0]) for slots in (7.0, 1.0)]
+    assert ends == pytest.approx([block(128) + EMPTY / 7, 3 * (block(64) + block(128)) + block(64) + EMPTY])
+
+
 def test_rows_do_not_depend_on_their_company() -> None:
     one, other = batch(64, 500, (8, 4096), (56, 1024), 32), batch(2048, 0, (1, 64), (3, 32), 32)
     both = {name: np.concatenate([one[name], other[name]]) for name in one}

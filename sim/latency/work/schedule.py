@@ -32,18 +32,18 @@ def last_end(columns: Columns, tile: float, slots: float) -> FloatArray:
 
     Columns as of `mixed_attention`, or of `uneven_mixed` (decodes of two lengths, the long ones first).
     """
-    _, chunk, prefix = prefills(columns)
+    num_prefills, chunk, prefix = prefills(columns)
     decodes, short = columns["num_decode"], columns["context"]
     num_long = np.rint(decodes * columns["long_share"]) if "long_share" in columns else np.zeros(len(chunk))
     longer = short * columns["skew"] if "skew" in columns else short
     heads = attention_heads(columns)[0]
     fixed = np.full((len(chunk), 2), [tile, slots or _MANY_SLOTS])
-    rows = np.column_stack([chunk, prefix, num_long, longer, decodes - num_long, short, heads, fixed])
+    rows = np.column_stack([num_prefills, chunk, prefix, num_long, longer, decodes - num_long, short, heads, fixed])
     keys = rows.view(f"V{rows.itemsize * rows.shape[1]}").ravel().tolist()
     if len(_known) > _MOST_KNOWN:
         _known.clear()
     missing = {key: at for at, key in enumerate(keys) if key not in _known}
-    num_blocks = np.ceil(chunk / tile) + decodes
+    num_blocks = num_prefills * np.ceil(chunk / tile) + decodes
     order = sorted(missing.values(), key=lambda at: num_blocks[at])  # rows with as many blocks are played together
     for first in range(0, len(order), _ROWS_AT_ONCE):
         here = order[first : first + _ROWS_AT_ONCE]
@@ -52,10 +52,10 @@ def last_end(columns: Columns, tile: float, slots: float) -> FloatArray:
 
 
 def _played(rows: FloatArray, tile: float) -> FloatArray:
-    """`last_end` of rows: chunk, prefix, decodes of either length, heads, (tile) and slots, which is one for all."""
-    slots, num_heads = int(rows[0, -1]), rows[:, 6]
+    """`last_end` of rows: prefills, decodes of either length, heads, (tile) and slots, which is one for all."""
+    slots, num_heads = int(rows[0, -1]), rows[:, 7]
     lengths, tiles = _lengths(rows, tile)
-    empty = _EMPTY_BLOCK * (rows[:, 2] + rows[:, 4]) * (tiles - 1) / slots  # so small and many that they spread evenly
+    empty = _EMPTY_BLOCK * (rows[:, 3] + rows[:, 5]) * (tiles - 1) / slots  # so small and many that they spread evenly
     free = np.zeros((len(rows), slots), np.float32)
     for head in range(int(num_heads.max())):
         runs = (num_heads > head)[:, None]
@@ -69,12 +69,12 @@ def _played(rows: FloatArray, tile: float) -> FloatArray:
 
 
 def _lengths(rows: FloatArray, tile: float) -> tuple[npt.NDArray[np.float32], FloatArray]:
-    """Blocks of one head in order, 0 where a row has fewer; and its tiles of queries."""
-    chunk, prefix, num_long, longer, num_short, short = (column[:, None] for column in rows[:, :6].T)
+    """Blocks of one head in order, 0 where a row has fewer; and the tiles of queries of each prefill."""
+    num_prefills, chunk, prefix, num_long, longer, num_short, short = (column[:, None] for column in rows[:, :7].T)
     tiles = np.ceil(chunk / tile)
-    index = np.arange(int((tiles + num_long + num_short).max()))[None, :]
-    keys = np.where(
-        index < tiles, prefix + np.minimum((index + 1) * tile, chunk), np.where(index < tiles + num_long, longer, short)
-    )
+    of_prefills = num_prefills * tiles
+    index = np.arange(int((of_prefills + num_long + num_short).max()))[None, :]
+    seen = prefix + np.minimum((index % tiles + 1) * tile, chunk)
+    keys = np.where(index < of_prefills, seen, np.where(index < of_prefills + num_long, longer, short))
     blocks = np.ceil(keys / _PIECE) * _PIECE + _BLOCK_START
-    return np.where(index < tiles + num_long + num_short, blocks, 0.0).astype(np.float32), tiles[:, 0]
+    return np.where(index < of_prefills + num_long + num_short, blocks, 0.0).astype(np.float32), tiles[:, 0]
