@@ -80,6 +80,5 @@ def test_report_of_a_million_steps(
     found = json.loads(benchmark.pedantic(run, (REPORT,), rounds=1))
     benchmark.extra_info |= found
     assert found["steps"] == num_steps
-    assert found["cpu_seconds"]["aggregate"] + found["cpu_seconds"]["page"] < 30
     assert found["peak_mib"]["page"] < 1500
     assert found["bytes"]["page"] < 6_000_000
