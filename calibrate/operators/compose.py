@@ -9,7 +9,7 @@ and Vidur's. Tables are measured with equal contexts: a batch is priced by the m
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -54,33 +54,8 @@ def compose_tables(
     device = hardware or only_fact(tables, "hardware")
     fits = OperatorFits(tables, model, tensor_parallel_size, device, progress)
     recipe = recipe_for(model, tensor_parallel_size, fits.ops)
-    bytes_per_us = _bandwidth(device) if recipe.moved else 0.0
     fits.fit(recipe.operators(tensor_parallel_size))
-    parts = {"dense": _summed([(dense, fits.fitted[dense.op]) for dense in recipe.per_token], bytes_per_us)}
-    if recipe.moved:
-        parts["moved"] = _moved(recipe, bytes_per_us, parts["dense"])
-    if tensor_parallel_size > 1:
-        parts["collectives"] = _all_reduces(
-            fits.fitted["all_reduce"], recipe, model, tensor_parallel_size, parts["dense"]
-        )
-    heads = {
-        "num_heads": model.num_attention_heads / tensor_parallel_size,
-        "num_key_value_heads": max(1.0, model.num_key_value_heads / tensor_parallel_size),
-    }
-    decode, prefill = _decode_grid(fits.fitted[recipe.decode], heads), _prefill_grid(fits.fitted[recipe.prefill], heads)
-    latency = ComposedLatency(
-        num_layers=model.num_hidden_layers,
-        num_kernels=0,
-        launch_gap_us=0.0,
-        tokens=parts,
-        sequences=_summed([(dense, fits.fitted[dense.op]) for dense in recipe.per_request], bytes_per_us),
-        decode=decode,
-        prefill=prefill,
-        several=several_prefills(fits.fitted[recipe.prefill], prefill.axes[0], heads),
-        increment=_beside_prompts(decode),
-        unevenness_decode=_NO_COST,
-        unevenness_mixed=_NO_COST,
-    )
+    latency = _latency(fits, recipe, model, tensor_parallel_size, _bandwidth(device) if recipe.moved else 0.0)
     return Profile(
         kind="composed",
         latency=latency.to_json(),
@@ -90,19 +65,53 @@ def compose_tables(
         tensor_parallel_size=tensor_parallel_size,
         domain=_domain(latency),
         accuracy=accuracy_of(list(fits.fitted.values())),
-        provenance={
-            "sources": [dict(table.source) for table in tables],
-            "operators": {op: found.samples.name for op, found in fits.fitted.items()},
-            "assumed": [
-                f"{moved.name}: {moved.bytes_per_token:.0f} bytes a token at {_BANDWIDTH_SHARE} of the bandwidth, and "
-                f"{_MOVED_US} us"
-                for moved in recipe.moved
-            ],
-            "weights": "a product of matrices takes no less than reading its weights at the memory's bandwidth",
-            "left_out": list(recipe.missing),
-            "uneven_contexts": "priced by their mean: the tables have equal ones only",
-        },
+        provenance=_provenance(tables, fits, recipe),
     )
+
+
+def _latency(
+    fits: OperatorFits, recipe: Recipe, model: ModelSpec, num_gpus: int, bytes_per_us: float
+) -> ComposedLatency:
+    """What a step of the model is made of, from the fitted operators."""
+    fitted = fits.fitted
+    parts = {"dense": _summed([(dense, fitted[dense.op]) for dense in recipe.per_token], bytes_per_us)}
+    if recipe.moved:
+        parts["moved"] = _moved(recipe, bytes_per_us, parts["dense"])
+    if num_gpus > 1:
+        parts["collectives"] = _all_reduces(fitted["all_reduce"], recipe, model, num_gpus, parts["dense"])
+    heads = {
+        "num_heads": model.num_attention_heads / num_gpus,
+        "num_key_value_heads": max(1.0, model.num_key_value_heads / num_gpus),
+    }
+    decode, prefill = _decode_grid(fitted[recipe.decode], heads), _prefill_grid(fitted[recipe.prefill], heads)
+    return ComposedLatency(
+        num_layers=model.num_hidden_layers,
+        num_kernels=0,
+        launch_gap_us=0.0,
+        tokens=parts,
+        sequences=_summed([(dense, fitted[dense.op]) for dense in recipe.per_request], bytes_per_us),
+        decode=decode,
+        prefill=prefill,
+        several=several_prefills(fitted[recipe.prefill], prefill.axes[0], heads),
+        increment=_beside_prompts(decode),
+        unevenness_decode=_NO_COST,
+        unevenness_mixed=_NO_COST,
+    )
+
+
+def _provenance(tables: Sequence[OpTable], fits: OperatorFits, recipe: Recipe) -> dict[str, Any]:
+    return {
+        "sources": [dict(table.source) for table in tables],
+        "operators": {op: found.samples.name for op, found in fits.fitted.items()},
+        "assumed": [
+            f"{moved.name}: {moved.bytes_per_token:.0f} bytes a token at {_BANDWIDTH_SHARE} of the bandwidth, and "
+            f"{_MOVED_US} us"
+            for moved in recipe.moved
+        ],
+        "weights": "a product of matrices takes no less than reading its weights at the memory's bandwidth",
+        "left_out": list(recipe.missing),
+        "uneven_contexts": "priced by their mean: the tables have equal ones only",
+    }
 
 
 def _summed(parts: Sequence[tuple[Dense, Fitted]], bytes_per_us: float) -> Grid:
