@@ -138,46 +138,45 @@ class Trend(_Fitted):
         return best[1:]
 
 
-class Surfaced(_Fitted):
-    """Physics times a factor that is smooth in physical coordinates (`sim/latency/surface.py`).
+class _Factored(_Fitted, ABC):
+    """Physics times a factor that is learnt in physical coordinates (`sim/latency/coordinates.py`).
 
     Args:
         base: the trend, fitted to the same samples.
     """
+
+    def __init__(self, base: Trend) -> None:
+        self.base = base
+
+    def fit(self, samples: OpSamples) -> Self:
+        """See `Candidate`."""
+        base = self.base.to_model()
+        coordinates = COORDINATES[samples.work](_all_columns(samples), base.slots)
+        self.model_ = self._times_factor(base, samples, coordinates)
+        return self
+
+    @abstractmethod
+    def _times_factor(self, base: OperatorModel, samples: OpSamples, coordinates: Columns) -> OperatorModel:
+        """The base with its factor."""
+
+
+class Surfaced(_Factored):
+    """A factor that is smooth (`sim/latency/surface.py`)."""
 
     name = "surface"
 
-    def __init__(self, base: Trend) -> None:
-        self.base = base
-
-    def fit(self, samples: OpSamples) -> Self:
-        """See `Candidate`."""
-        base = self.base.to_model()
-        coordinates = COORDINATES[samples.work](_all_columns(samples), base.slots)
-        surface = fit_surface(samples.work, coordinates, base.time_us(samples.columns) / samples.time_us)
-        self.model_ = replace(base, surface=surface)
-        return self
+    def _times_factor(self, base: OperatorModel, samples: OpSamples, coordinates: Columns) -> OperatorModel:
+        ratio = base.time_us(samples.columns) / samples.time_us
+        return replace(base, surface=fit_surface(samples.work, coordinates, ratio))
 
 
-class Forested(_Fitted):
-    """Physics times a factor that trees have learnt in physical coordinates (`sim/latency/forest.py`).
-
-    Args:
-        base: the trend, fitted to the same samples.
-    """
+class Forested(_Factored):
+    """A factor that trees have learnt (`sim/latency/forest.py`)."""
 
     name = "forest"
 
-    def __init__(self, base: Trend) -> None:
-        self.base = base
-
-    def fit(self, samples: OpSamples) -> Self:
-        """See `Candidate`."""
-        base = self.base.to_model()
-        coordinates = COORDINATES[samples.work](_all_columns(samples), base.slots)
-        forest = fit_forest(coordinates, samples.time_us / base.time_us(samples.columns))
-        self.model_ = replace(base, forest=forest)
-        return self
+    def _times_factor(self, base: OperatorModel, samples: OpSamples, coordinates: Columns) -> OperatorModel:
+        return replace(base, forest=fit_forest(coordinates, samples.time_us / base.time_us(samples.columns)))
 
 
 class Pooled(_Fitted):
