@@ -9,12 +9,9 @@ import numpy as np
 from kvtwin.sim.latency.grid import FloatArray
 from kvtwin.sim.latency.work.columns import Columns, Terms, attention_heads, ceil, prefills
 from kvtwin.sim.latency.work.lists import two_kinds
+from kvtwin.sim.latency.work.schedule import BLOCK_START, EMPTY_BLOCK, MANY_SLOTS, PIECE
 
-_MIXED_PIECE: Final = 64.0  # beside prefills
-_BLOCK_START: Final = 160.0  # keys that a thread block could read while it starts and ends
-_EMPTY_BLOCK: Final = 16.0  # and one that finds nothing to do
 _SHARED_CACHES: Final = (32768.0, 65536.0, 131072.0, 196608.0, 262144.0, 393216.0)
-MANY_SLOTS: Final = 376.0  # thread blocks at once, where the trend saw no waves
 
 
 def mixed_attention(columns: Columns, tile: float, slots: float) -> Terms:
@@ -26,7 +23,7 @@ def mixed_attention(columns: Columns, tile: float, slots: float) -> Terms:
     seqs, context = columns["num_decode"], columns["context"]
     num_prefills, chunk, prefix = prefills(columns)
     span = prefix + (np.minimum(chunk, tile) + chunk) / 2
-    tiles, whole = ceil(chunk, tile), ceil(context, _MIXED_PIECE) * _MIXED_PIECE
+    tiles, whole = ceil(chunk, tile), ceil(context, PIECE) * PIECE
     of_prefills = num_prefills * tiles
     terms = two_kinds((heads * of_prefills, span), (seqs * heads, whole), slots, prefix + chunk)
     empty = seqs * (tiles - 1.0)
@@ -65,7 +62,7 @@ def _interleaved(
     """
     slots = slots or MANY_SLOTS
     (tiles, span), (seqs, context) = prefill, decode
-    first, second = span + _BLOCK_START, context + _BLOCK_START
-    work = (tiles * first + seqs * second + empty * _EMPTY_BLOCK) / slots
+    first, second = span + BLOCK_START, context + BLOCK_START
+    work = (tiles * first + seqs * second + empty * EMPTY_BLOCK) / slots
     longest = np.maximum(first, second)
     return np.where(heads * (tiles + seqs) <= slots, longest, (heads - 1.0) * work + np.maximum(work, longest))

@@ -16,10 +16,10 @@ import numpy.typing as npt
 from kvtwin.sim.latency.grid import FloatArray
 from kvtwin.sim.latency.work.columns import Columns, attention_heads, prefills
 
-_BLOCK_START: Final = 160.0  # keys that a thread block could read while it starts and ends
-_EMPTY_BLOCK: Final = 16.0  # and one that finds nothing to do: a decode's, beyond its first tile
-_PIECE: Final = 64.0  # keys that a block takes at a time
-_MANY_SLOTS: Final = 376  # thread blocks at once, where the trend saw no waves
+BLOCK_START: Final = 160.0  # keys that a thread block could read while it starts and ends
+EMPTY_BLOCK: Final = 16.0  # and one that finds nothing to do: a decode's, beyond its first tile
+PIECE: Final = 64.0  # keys that a block takes at a time, beside prefills
+MANY_SLOTS: Final = 376  # thread blocks at once, where the trend saw no waves
 _MOST_KNOWN: Final = 1 << 18
 _ROWS_AT_ONCE: Final = 4096
 
@@ -37,7 +37,7 @@ def last_end(columns: Columns, tile: float, slots: float) -> FloatArray:
     num_long = np.rint(decodes * columns["long_share"]) if "long_share" in columns else np.zeros(len(chunk))
     longer = short * columns["skew"] if "skew" in columns else short
     heads = attention_heads(columns)[0]
-    fixed = np.full((len(chunk), 2), [tile, slots or _MANY_SLOTS])
+    fixed = np.full((len(chunk), 2), [tile, slots or MANY_SLOTS])
     rows = np.column_stack([num_prefills, chunk, prefix, num_long, longer, decodes - num_long, short, heads, fixed])
     keys = rows.view(f"V{rows.itemsize * rows.shape[1]}").ravel().tolist()
     if len(_known) > _MOST_KNOWN:
@@ -55,7 +55,7 @@ def _played(rows: FloatArray, tile: float) -> FloatArray:
     """`last_end` of rows: prefills, decodes of either length, heads, (tile) and slots, which is one for all."""
     slots, num_heads = int(rows[0, -1]), rows[:, 7]
     lengths, tiles = _lengths(rows, tile)
-    empty = _EMPTY_BLOCK * (rows[:, 3] + rows[:, 5]) * (tiles - 1) / slots  # so small and many that they spread evenly
+    empty = EMPTY_BLOCK * (rows[:, 3] + rows[:, 5]) * (tiles - 1) / slots  # so small and many that they spread evenly
     free = np.zeros((len(rows), slots), np.float32)
     for head in range(int(num_heads.max())):
         runs = (num_heads > head)[:, None]
@@ -76,5 +76,5 @@ def _lengths(rows: FloatArray, tile: float) -> tuple[npt.NDArray[np.float32], Fl
     index = np.arange(int((of_prefills + num_long + num_short).max()))[None, :]
     seen = prefix + np.minimum((index % tiles + 1) * tile, chunk)
     keys = np.where(index < of_prefills, seen, np.where(index < of_prefills + num_long, longer, short))
-    blocks = np.ceil(keys / _PIECE) * _PIECE + _BLOCK_START
+    blocks = np.ceil(keys / PIECE) * PIECE + BLOCK_START
     return np.where(index < of_prefills + num_long + num_short, blocks, 0.0).astype(np.float32), tiles[:, 0]
