@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 
 from kvtwin.calibrate.tables.calibrate import Fitted
-from kvtwin.calibrate.tables.candidates import relative_nnls
+from kvtwin.calibrate.tables.prices import relative_nnls
 from kvtwin.sim.latency.grid import FloatArray, Grid
 
 _LEAST_TOKENS: Final = 16.0  # of each: a shorter prompt costs what a kernel's tile of this many rows costs

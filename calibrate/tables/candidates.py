@@ -9,9 +9,8 @@ Only numbers leave this file.
 
 from __future__ import annotations
 
-import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final, Protocol, Self
 
@@ -20,6 +19,8 @@ import numpy as np
 from kvtwin.calibrate.steps.regression import NotFittedError
 from kvtwin.calibrate.tables.fill import fill_bank, refined
 from kvtwin.calibrate.tables.forest import fit_forest
+from kvtwin.calibrate.tables.geometry import kernel_terms, search_geometry
+from kvtwin.calibrate.tables.prices import relative_nnls
 from kvtwin.calibrate.tables.surface import fit_surface
 from kvtwin.sim.latency.bank import ShapeBank
 from kvtwin.sim.latency.coordinates import COORDINATES
@@ -27,16 +28,8 @@ from kvtwin.sim.latency.grid import FloatArray
 from kvtwin.sim.latency.operators import OperatorModel
 from kvtwin.sim.latency.surface import PAIRS
 from kvtwin.sim.latency.work.columns import Columns, pooled
-from kvtwin.sim.latency.work.prefill import alternatives
-from kvtwin.sim.latency.work.terms import TILES, WAVES, dear_terms, terms
 from kvtwin.traces.readers.optable import OpSamples
 
-# Thread blocks that a device runs at once, where its GPU is not known: 1 to 8 on each streaming multiprocessor of common
-# GPUs. 0: no waves (TPU, CPU, or nothing to see).
-_COMMON_SMS: Final = (58, 72, 82, 84, 108, 114, 128, 132, 142, 148, 170, 188)
-_COMMON_SLOTS: Final = tuple(float(num_sms * blocks) for blocks in (1, 2, 4, 8) for num_sms in _COMMON_SMS)
-_SEARCH_ROWS: Final = 600  # of a table, to choose tile and slots on
-_CLEARLY: Final = 0.05  # how much better a kernel that packs must fit than the plain one
 _MAX_CELLS: Final = 200_000  # of a refined grid
 _SINGLE_HEAD: Final = 0.01  # weight of rows with one key-value head in a pool
 _CALM_SHARE: Final = 0.5  # 0.3 to 0.7: within 0.5 percentage points on three tables
@@ -116,26 +109,10 @@ class Trend(_Fitted):
     def fit(self, samples: OpSamples) -> Self:
         """See `Candidate`."""
         columns = _all_columns(samples)
-        tile, slots, kernel = self._geometry(samples.work, columns, samples.time_us)
-        found = alternatives(terms(samples.work, columns, tile, slots), columns)[kernel]
-        prices = relative_nnls(found | dear_terms(samples.work, columns, tile, slots), samples.time_us)
-        self.model_ = OperatorModel(samples.op, samples.work, samples.key, samples.constants, prices, tile, slots)
+        at = search_geometry(samples.work, columns, samples.time_us, self.slots)
+        prices = relative_nnls(kernel_terms(samples.work, columns, at), samples.time_us)
+        self.model_ = OperatorModel(samples.op, samples.work, samples.key, samples.constants, prices, at.tile, at.slots)
         return self
-
-    def _geometry(self, work: str, columns: Columns, time_us: FloatArray) -> tuple[float, float, str]:
-        """Tile, slots and kernel (of `alternatives`) whose prices fit best, on some of the rows."""
-        tiles = TILES.get(work, (128.0,))
-        slots = [0.0, *(self.slots if self.slots is not None else _COMMON_SLOTS)] if work in WAVES else [0.0]
-        step = max(1, len(time_us) // _SEARCH_ROWS)
-        few, times = {name: values[::step] for name, values in columns.items()}, time_us[::step]
-        best = (np.inf, tiles[0], 0.0, "")
-        for tile, count in itertools.product(tiles, slots):
-            for kernel, found in alternatives(terms(work, few, tile, count), few).items():
-                total = sum(price * found[name] for name, price in relative_nnls(found, times).items())
-                error = float(np.mean(np.abs(total / times - 1))) * (1.0 + _CLEARLY * bool(kernel))
-                if error < best[0] - 1e-12:
-                    best = (error, tile, count, kernel)
-        return best[1:]
 
 
 class _Factored(_Fitted, ABC):
@@ -350,24 +327,3 @@ def _all_columns(samples: OpSamples) -> dict[str, FloatArray]:
     n = len(samples)
     found = {name: values.astype(np.float64) for name, values in samples.columns.items()}
     return found | {name: np.full(n, value) for name, value in samples.constants.items()}
-
-
-def relative_nnls(
-    found: Mapping[str, FloatArray], time_us: FloatArray, weights: FloatArray | None = None
-) -> dict[str, float]:
-    """Prices >= 0 that minimise sum w (predicted / measured - 1)^2 (Lawson & Hanson 1974, chapter 23).
-
-    Terms are scaled to a largest value of 1 first; terms that are 0 throughout, or come out at 0, are left out.
-    """
-    from scipy.optimize import nnls
-
-    shown = {name: values for name, values in found.items() if np.any(values)}
-    names, matrix = list(shown), np.array(list(shown.values())) / time_us
-    scale = np.abs(matrix).max(axis=1)
-    # The normal equations keep the problem at the number of terms, whatever the number of rows.
-    scaled = matrix / scale[:, None]
-    weighted = scaled if weights is None else scaled * weights
-    gram, target = weighted @ scaled.T, weighted.sum(axis=1)
-    factor = np.linalg.cholesky(gram + np.eye(len(names)) * (1e-10 * max(np.trace(gram), 1e-300)))
-    prices, _ = nnls(factor.T, np.linalg.solve(factor, target), maxiter=30 * len(names))
-    return {name: float(price / size) for name, price, size in zip(names, prices, scale, strict=True) if price > 0}

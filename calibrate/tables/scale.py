@@ -19,8 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from kvtwin.calibrate.accuracy import summarize
-from kvtwin.calibrate.tables.candidates import Trend, relative_nnls
+from kvtwin.calibrate.tables.candidates import Trend
 from kvtwin.calibrate.tables.checks import MIN_ROWS, prepare
+from kvtwin.calibrate.tables.prices import relative_nnls
 from kvtwin.sim.latency.grid import FloatArray
 from kvtwin.sim.latency.octaves import octave
 from kvtwin.sim.latency.operators import MIN_TIME_US, OperatorModel, OperatorTable, Scale

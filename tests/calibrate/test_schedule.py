@@ -10,21 +10,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtwin.calibrate.tables.candidates import Trend
-from kvtwin.sim.latency.work.schedule import last_end
+from kvtwin.sim.latency.work.reuse import CACHES, Reuse
+from kvtwin.sim.latency.work.schedule import play
 from kvtwin.sim.latency.work.terms import trend
 from kvtwin.traces.readers.optable import plain_samples
 
-TILE, START, EMPTY = 64, 160.0, 16.0
+TILE, PIECE, START, EMPTY = 64, 128, 50.0, 16.0
 
 
 def block(keys: float) -> float:
-    return float(np.ceil(keys / 64) * 64 + START)
+    return float(np.ceil(keys / PIECE) * PIECE + START)
 
 
 def blocks_of_a_head(chunk: int, prefix: int, long: tuple[int, int], short: tuple[int, int]) -> list[float]:
     tiles = -(-chunk // TILE)
     prefill = [block(prefix + min((tile + 1) * TILE, chunk)) for tile in range(tiles)]
-    return prefill + [block(long[1])] * long[0] + [block(short[1])] * short[0]
+    return prefill + [block(long[1] + 1)] * long[0] + [block(short[1] + 1)] * short[0]
+
+
+def last_end(columns: dict[str, np.ndarray], tile: float, slots: float) -> np.ndarray:
+    return play(columns, tile, slots)[0]
 
 
 def batch(chunk: int, prefix: int, long: tuple[int, int], short: tuple[int, int], heads: int) -> dict[str, np.ndarray]:
@@ -72,7 +77,7 @@ def test_each_of_several_prefills_has_its_own_blocks() -> None:
         "prefill_key": np.array([64.0]),
     }
     ends = [float(last_end(columns, TILE, slots)[0]) for slots in (7.0, 1.0)]
-    assert ends == pytest.approx([block(128) + EMPTY / 7, 3 * (block(64) + block(128)) + block(64) + EMPTY])
+    assert ends == pytest.approx([block(128) + EMPTY / 7, 3 * (block(64) + block(128)) + block(65) + EMPTY])
 
 
 def test_rows_do_not_depend_on_their_company() -> None:
@@ -93,5 +98,56 @@ def test_a_kernel_that_hands_out_blocks_head_by_head_is_priced_by_its_last_block
     time_us = 4.0 + 0.0185 * last_end(columns, 64.0, 188.0)
     model = Trend([188.0]).fit(plain_samples("mixed", "mixed_attention", load, time_us, constants=heads)).to_model()
     assert model.time_us(load) == pytest.approx(time_us, rel=0.02)
-    without = {name: price for name, price in model.prices.items() if name != "last end"}
+    without = {name: price for name, price in model.prices.items() if "end" not in name.split()}
     assert np.abs(trend("mixed_attention", columns, without, model.tile, model.slots) / time_us - 1).mean() > 0.2
+
+
+def lru_misses(accesses: list[int], size: int) -> int:
+    cache: dict[int, None] = {}
+    missed = 0
+    for key in accesses:
+        missed += cache.pop(key, 0) is not None
+        cache[key] = None
+        if len(cache) > size:
+            del cache[next(iter(cache))]
+    return missed
+
+
+@pytest.mark.parametrize("ago", [20, 60, 200])
+def test_what_a_cache_holds_is_what_was_read_a_short_while_ago(ago: int) -> None:
+    """Twelve sequences of 300 keys, each read by two heads that start `ago` apart: an LRU cache, access by access."""
+    accesses = [
+        (at - late) * 12 + seq
+        for at in range(300 + ago) for late in (0, ago) for seq in range(12) if 0 <= at - late < 300
+    ]  # fmt: skip
+    reuse = Reuse(1)
+    for since in (np.inf, float(ago)):
+        reuse.add(np.full((1, 12), since, np.float32), np.full((1, 12), 300.0, np.float32))
+    footprint = 12 * ago
+    first, all_of_them = 12 * 300, 2 * 12 * 300
+    missed = {size: reuse.missed(np.array([300.0 + ago]), [size])[0, 0] for size in (footprint / 3, footprint * 3.0)}
+    assert missed == {footprint / 3: all_of_them, footprint * 3.0: first}
+    assert [lru_misses(accesses, int(size)) for size in missed] == [all_of_them, first]
+
+
+def test_heads_that_start_together_share_their_keys_and_heads_that_start_apart_do_not() -> None:
+    """Two query heads of one key-value head, 64 decodes of 16,384 keys: at once on 128 slots, one after the other on 64."""
+    columns = batch(1, 0, (0, 16384), (64, 16384), 2) | {"num_key_value_heads": np.array([1.0])}
+    keys, cache = 64 * 16384.0, CACHES.index(262144.0)
+    together, apart = (play(columns, TILE, slots)[1][0, cache] for slots in (130.0, 65.0))
+    assert (together, apart) == (keys, 2 * keys)
+
+
+def test_a_kernel_that_waits_for_memory_is_priced_by_what_it_reads_again() -> None:
+    rng = np.random.default_rng(1)
+    load = {
+        "chunk": rng.choice([16.0, 64.0, 256.0], 500), "prefix": rng.choice([0.0, 512.0, 4096.0], 500),
+        "num_decode": rng.choice([8.0, 32.0, 64.0, 128.0], 500), "context": rng.choice([512.0, 2048.0, 8192.0, 16384.0], 500),
+    }  # fmt: skip
+    heads = {"num_heads": 32.0, "num_key_value_heads": 4.0}
+    end, missed = play(load | {name: np.full(500, value) for name, value in heads.items()}, 64.0, 188.0)
+    waits = np.maximum(missed[:, CACHES.index(196608.0)] / (0.35 * 188.0) - end, 0.0)
+    assert (waits > end / 4).mean() > 0.1
+    time_us = 4.0 + 0.0185 * (end + waits)
+    model = Trend([188.0]).fit(plain_samples("mixed", "mixed_attention", load, time_us, constants=heads)).to_model()
+    assert model.time_us(load) == pytest.approx(time_us, rel=0.01)

@@ -26,27 +26,6 @@ def test_list_scheduling_in_closed_form(slots: int, many: int, long: int, more: 
     assert list_end(first, length, second, span, float(slots))[0] == pytest.approx(max(ends))
 
 
-@given(
-    many=st.integers(1, 4), long=st.integers(0, 3000), more=st.integers(1, 40), other=st.integers(0, 3000),
-    slots=st.integers(1, 200),
-)  # fmt: skip
-def test_blocks_that_go_out_head_by_head_end_within_the_bounds_of_any_list(
-    many: int, long: int, more: int, other: int, slots: int
-) -> None:
-    heads, tile, start = 8, 64, 160.0
-    values = {
-        "num_heads": heads, "num_key_value_heads": heads, "chunk": many * tile, "prefix": long, "num_decode": more,
-        "context": other,
-    }  # fmt: skip
-    columns = {name: np.array([float(value)]) for name, value in values.items()}
-    end = float(WORKS["mixed_attention"](columns, float(tile), float(slots))["head by head"][0])
-    first = long + (min(many * tile, tile) + many * tile) / 2 + start
-    second = np.ceil(other / 64) * 64 + start
-    work = heads * (many * first + more * second + more * (many - 1) * 16.0) / slots
-    assert max(first, second) <= end <= work + max(first, second)
-    assert end >= work or heads * (many + more) <= slots  # all at once: the longest alone decides
-
-
 def test_a_price_of_another_version_is_refused_in_one_line() -> None:
     with pytest.raises(InputError, match="prices 'missed keys', which this version does not know: calibrate it anew"):
         trend("tokens", {"num_tokens": np.array([1.0])}, {"call": 1.0, "missed keys": 2.0}, 16.0, 0.0)

@@ -9,7 +9,7 @@ import numpy as np
 from kvtwin.sim.latency.grid import FloatArray
 from kvtwin.sim.latency.work.columns import Columns, Terms, attention_heads, ceil, prefills
 from kvtwin.sim.latency.work.lists import two_kinds
-from kvtwin.sim.latency.work.schedule import BLOCK_START, EMPTY_BLOCK, MANY_SLOTS, PIECE
+from kvtwin.sim.latency.work.schedule import MANY_SLOTS, PIECE
 
 _SHARED_CACHES: Final = (32768.0, 65536.0, 131072.0, 196608.0, 262144.0, 393216.0)
 
@@ -24,11 +24,8 @@ def mixed_attention(columns: Columns, tile: float, slots: float) -> Terms:
     num_prefills, chunk, prefix = prefills(columns)
     span = prefix + (np.minimum(chunk, tile) + chunk) / 2
     tiles, whole = ceil(chunk, tile), ceil(context, PIECE) * PIECE
-    of_prefills = num_prefills * tiles
-    terms = two_kinds((heads * of_prefills, span), (seqs * heads, whole), slots, prefix + chunk)
-    empty = seqs * (tiles - 1.0)
-    terms |= {"empty blocks": heads * empty, "keys": kv_heads * seqs * context}
-    terms["head by head"] = _interleaved((of_prefills, span), (seqs, whole), empty, heads, slots)
+    terms = two_kinds((heads * num_prefills * tiles, span), (seqs * heads, whole), slots, prefix + chunk)
+    terms |= {"empty blocks": heads * seqs * (tiles - 1.0), "keys": kv_heads * seqs * context}
     return terms | misses(columns, context, slots)
 
 
@@ -47,22 +44,3 @@ def misses(columns: Columns, context: FloatArray, slots: float) -> Terms:
         f"keys again over {int(size)}": kv_heads * again * keys * np.clip(keys / size - 1.0, 0.0, 1.0)
         for size in _SHARED_CACHES
     }
-
-
-def _interleaved(
-    prefill: tuple[FloatArray, FloatArray],
-    decode: tuple[FloatArray, FloatArray],
-    empty: FloatArray,
-    heads: FloatArray,
-    slots: float,
-) -> FloatArray:
-    """When the last block ends, in keys: blocks of (how many for each head, how long), and `empty` ones, go out head by head.
-
-    All at once where the slots suffice; else the last head's start when the work of the others is done.
-    """
-    slots = slots or MANY_SLOTS
-    (tiles, span), (seqs, context) = prefill, decode
-    first, second = span + BLOCK_START, context + BLOCK_START
-    work = (tiles * first + seqs * second + empty * EMPTY_BLOCK) / slots
-    longest = np.maximum(first, second)
-    return np.where(heads * (tiles + seqs) <= slots, longest, (heads - 1.0) * work + np.maximum(work, longest))

@@ -15,30 +15,37 @@ import numpy.typing as npt
 
 from kvtwin.sim.latency.grid import FloatArray
 from kvtwin.sim.latency.work.columns import Columns, attention_heads, prefills
+from kvtwin.sim.latency.work.reuse import Reuse
 
-BLOCK_START: Final = 160.0  # keys that a thread block could read while it starts and ends
+BLOCK_START: Final = 50.0  # keys that a thread block could read while it starts and ends
 EMPTY_BLOCK: Final = 16.0  # and one that finds nothing to do: a decode's, beyond its first tile
-PIECE: Final = 64.0  # keys that a block takes at a time, beside prefills
+PIECE: Final = 128.0  # keys that a block takes at a time (`kBlockN`)
 MANY_SLOTS: Final = 376  # thread blocks at once, where the trend saw no waves
 _MOST_KNOWN: Final = 1 << 18
 _ROWS_AT_ONCE: Final = 4096
 
-# Ends that were played before, by the row's numbers: a hold-out asks for the same rows again and again.
-_known: dict[bytes, float] = {}
+# What was played before, by the row's numbers: a hold-out asks for the same rows again and again.
+_known: dict[bytes, FloatArray] = {}
 
 
-def last_end(columns: Columns, tile: float, slots: float) -> FloatArray:
-    """When the last block of n batches ends, in keys: float64 of shape (n,).
+def play(columns: Columns, tile: float, slots: float) -> tuple[FloatArray, FloatArray]:
+    """When the last block of n batches ends, in keys that a block reads, and the keys of decodes that come from memory.
 
     Columns as of `mixed_attention`, or of `uneven_mixed` (decodes of two lengths, the long ones first).
+
+    Returns:
+        float64 of shape (n,), and of shape (n, len(reuse.CACHES)).
     """
     num_prefills, chunk, prefix = prefills(columns)
     decodes, short = columns["num_decode"], columns["context"]
     num_long = np.rint(decodes * columns["long_share"]) if "long_share" in columns else np.zeros(len(chunk))
     longer = short * columns["skew"] if "skew" in columns else short
-    heads = attention_heads(columns)[0]
+    heads, kv_heads = attention_heads(columns)
     fixed = np.full((len(chunk), 2), [tile, slots or MANY_SLOTS])
-    rows = np.column_stack([num_prefills, chunk, prefix, num_long, longer, decodes - num_long, short, heads, fixed])
+    group = heads / kv_heads
+    rows = np.column_stack(
+        [num_prefills, chunk, prefix, num_long, longer, decodes - num_long, short, heads, group, fixed]
+    )
     keys = rows.view(f"V{rows.itemsize * rows.shape[1]}").ravel().tolist()
     if len(_known) > _MOST_KNOWN:
         _known.clear()
@@ -47,34 +54,45 @@ def last_end(columns: Columns, tile: float, slots: float) -> FloatArray:
     order = sorted(missing.values(), key=lambda at: num_blocks[at])  # rows with as many blocks are played together
     for first in range(0, len(order), _ROWS_AT_ONCE):
         here = order[first : first + _ROWS_AT_ONCE]
-        _known.update(zip((keys[at] for at in here), _played(rows[here], tile).tolist(), strict=True))
-    return np.array([_known[key] for key in keys])
+        _known.update(zip((keys[at] for at in here), _played(rows[here], tile), strict=True))
+    found = np.array([_known[key] for key in keys]).reshape(len(keys), -1)
+    return found[:, 0], found[:, 1:]
 
 
 def _played(rows: FloatArray, tile: float) -> FloatArray:
-    """`last_end` of rows: prefills, decodes of either length, heads, (tile) and slots, which is one for all."""
-    slots, num_heads = int(rows[0, -1]), rows[:, 7]
-    lengths, tiles = _lengths(rows, tile)
+    """`play` of rows: prefills, decodes of either length, heads, group, (tile) and slots, which is one for all."""
+    slots, num_heads, group = int(rows[0, -1]), rows[:, 7], rows[:, 8]
+    blocks, keys, tiles = _blocks(rows, tile)
     empty = EMPTY_BLOCK * (rows[:, 3] + rows[:, 5]) * (tiles - 1) / slots  # so small and many that they spread evenly
     free = np.zeros((len(rows), slots), np.float32)
+    start, reuse = np.zeros_like(blocks), Reuse(len(rows))
     for head in range(int(num_heads.max())):
         runs = (num_heads > head)[:, None]
-        for first in range(0, lengths.shape[1], slots):
+        before = np.where((head % group == 0)[:, None], np.float32(-np.inf), start)
+        for first in range(0, blocks.shape[1], slots):
             free.sort(axis=1)
-            part = lengths[:, first : first + slots]
+            part = blocks[:, first : first + slots]
+            start[:, first : first + slots] = free[:, : part.shape[1]]
             free[:, : part.shape[1]] += np.where(runs, part, np.float32(0))
+        reuse.add(start - before, np.where(runs, keys, np.float32(0)))
         free += np.where(runs, empty.astype(np.float32)[:, None], np.float32(0))
-    ends: FloatArray = free.max(axis=1).astype(np.float64)
-    return ends
+    end = free.max(axis=1).astype(np.float64)
+    return np.column_stack([end, reuse.missed(end)])
 
 
-def _lengths(rows: FloatArray, tile: float) -> tuple[npt.NDArray[np.float32], FloatArray]:
-    """Blocks of one head in order, 0 where a row has fewer; and the tiles of queries of each prefill."""
+def _blocks(rows: FloatArray, tile: float) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], FloatArray]:
+    """Blocks of one head in order, 0 where a row has fewer; keys of those that decode; tiles of queries of each prefill."""
     num_prefills, chunk, prefix, num_long, longer, num_short, short = (column[:, None] for column in rows[:, :7].T)
     tiles = np.ceil(chunk / tile)
     of_prefills = num_prefills * tiles
     index = np.arange(int((of_prefills + num_long + num_short).max()))[None, :]
     seen = prefix + np.minimum((index % tiles + 1) * tile, chunk)
-    keys = np.where(index < of_prefills, seen, np.where(index < of_prefills + num_long, longer, short))
-    blocks = np.ceil(keys / PIECE) * PIECE + BLOCK_START
-    return np.where(index < of_prefills + num_long + num_short, blocks, 0.0).astype(np.float32), tiles[:, 0]
+    decoded = np.where(index < of_prefills + num_long, longer, short)
+    there, decodes = index < of_prefills + num_long + num_short, index >= of_prefills
+    reads = np.where(decodes, decoded + 1, seen)  # a decode's own key too
+    blocks = np.ceil(reads / PIECE) * PIECE + BLOCK_START
+    return (
+        np.where(there, blocks, 0.0).astype(np.float32),
+        np.where(there & decodes, decoded, 0.0).astype(np.float32),
+        tiles[:, 0],
+    )

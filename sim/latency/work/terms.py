@@ -14,6 +14,7 @@ there the fit picks slots = 0.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Final
 
@@ -25,7 +26,8 @@ from kvtwin.sim.latency.work.decode import decode_attention
 from kvtwin.sim.latency.work.mixed import mixed_attention
 from kvtwin.sim.latency.work.prefill import prefill_attention
 from kvtwin.sim.latency.work.products import gemm, moe
-from kvtwin.sim.latency.work.schedule import last_end
+from kvtwin.sim.latency.work.reuse import CACHES
+from kvtwin.sim.latency.work.schedule import MANY_SLOTS, play
 from kvtwin.sim.latency.work.uneven import uneven_decode, uneven_mixed, uneven_prefill
 from kvtwin.traces.errors import InputError
 
@@ -87,7 +89,9 @@ WORKS: Final[Mapping[str, Work]] = {
 }
 
 _LAST_END: Final = "last end"
-_SCHEDULED: Final = ("mixed_attention", "uneven_mixed")  # what is also played, block by block (`schedule.py`)
+# Share of the slots that memory keeps busy with keys: beyond it, blocks wait for memory.
+_FED: Final = (0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.8, 1.0)
+PLAYED: Final = ("mixed_attention", "uneven_mixed")  # block by block (`schedule.py`)
 # Works whose time moves in waves of thread blocks, so that `slots` is worth a search; and tiles worth trying.
 WAVES: Final = ("prefill_attention", "decode_attention", "mixed_attention", "uneven_decode", "uneven_mixed", "gemm")
 TILES: Final[Mapping[str, tuple[float, ...]]] = {
@@ -103,12 +107,19 @@ def terms(work: str, columns: Columns, tile: float, slots: float) -> Terms:
 
 
 def dear_terms(work: str, columns: Columns, tile: float, slots: float) -> Terms:
-    """Terms that are worth pricing, but too dear to search a geometry with: none but for prefills with decodes."""
-    if work not in _SCHEDULED:
+    """Terms that are worth pricing, but too dear to search every geometry with: none but for prefills with decodes.
+
+    When the last block ends, and how much longer memory takes for the keys that no cache holds, where that is longer: at a
+    share of the slots that memory can feed, and a size of the cache, of which a fit chooses.
+    """
+    if work not in PLAYED:
         return {}
-    return {
-        _LAST_END: last_end({name: np.asarray(values, np.float64) for name, values in columns.items()}, tile, slots)
-    }
+    end, missed = play({name: np.asarray(values, np.float64) for name, values in columns.items()}, tile, slots)
+    found = {_LAST_END: end}
+    for (size, keys), share in itertools.product(zip(CACHES, missed.T, strict=True), _FED):
+        name = f"beyond the end, cache of {int(size)}, memory feeds {share:g}"
+        found[name] = np.maximum(keys / (share * (slots or MANY_SLOTS)) - end, 0.0)
+    return found
 
 
 def trend(
@@ -120,7 +131,7 @@ def trend(
         InputError: a price of a term that is not known (a profile of another version).
     """
     found = terms(work, columns, tile, slots)
-    if _LAST_END in prices:
+    if prices.keys() - found.keys():
         found |= dear_terms(work, columns, tile, slots)
     if unknown := prices.keys() - found.keys():
         raise InputError(f"the profile prices {min(unknown)!r}, which this version does not know: calibrate it anew")

@@ -35,8 +35,6 @@ def uneven_mixed(columns: Columns, tile: float, slots: float) -> Terms:
     span, tiles = prefix + (np.minimum(chunk, tile) + chunk) / 2, ceil(chunk, tile)
     mean = (long_seqs * longest + (seqs - long_seqs) * context) / seqs
     terms = two_kinds((heads * tiles, span), (seqs * heads, mean), slots, prefix + chunk)
-    tail = two_kinds((long_seqs * heads, longest), ((seqs - long_seqs) * heads, context), slots, mean)
-    terms |= {f"decodes: {name}": tail[name] for name in ("first end", "second end")}
     terms["longest"] = np.maximum(prefix + chunk, longest)
     terms |= {"empty blocks": heads * seqs * (tiles - 1.0), "keys": kv_heads * seqs * mean}
     return terms | misses(columns, mean, slots)
