@@ -57,12 +57,22 @@ def _filled_along(table: FloatArray, dimension: int, axis: FloatArray, beyond: s
     """Fill holes between known values of each line; with `beyond`, also outside them."""
     lines = np.moveaxis(table, dimension, -1)
     known = ~np.isnan(lines)
+    fillable = known.any(axis=-1) & ~known.all(axis=-1)
+    if fillable.any():
+        lines = lines.copy()
+        lines[fillable] = _filled_lines(lines[fillable], known[fillable], axis, beyond)
+    result: FloatArray = np.moveaxis(lines, -1, dimension)
+    return result
+
+
+def _filled_lines(lines: FloatArray, known: npt.NDArray[np.bool_], axis: FloatArray, beyond: str | None) -> FloatArray:
+    """Lines of shape (m, size), each with a hole and a known value at least."""
     size = lines.shape[-1]
-    place = np.arange(size)
+    place, rows = np.arange(size), np.arange(len(lines))[:, None]
     before = np.maximum.accumulate(np.where(known, place, -1), axis=-1)
     after = np.flip(np.minimum.accumulate(np.flip(np.where(known, place, size), -1), axis=-1), -1)
-    low, high = np.clip(before, 0, size - 1), np.clip(after, 0, size - 1)
-    at_low, at_high = np.take_along_axis(lines, low, -1), np.take_along_axis(lines, high, -1)
+    low, high = np.maximum(before, 0), np.minimum(after, size - 1)
+    at_low, at_high = lines[rows, low], lines[rows, high]
     gap = axis[high] - axis[low]
     share = np.divide(axis[place] - axis[low], gap, out=np.zeros(lines.shape), where=gap > 0)
     inside = at_low + (at_high - at_low) * share
@@ -72,8 +82,7 @@ def _filled_along(table: FloatArray, dimension: int, axis: FloatArray, beyond: s
         filled = np.where(np.isnan(filled) & (after < size), at_high, filled)
         if beyond == "straight":
             filled = _straight(lines, filled, known, axis)
-    result: FloatArray = np.moveaxis(filled, -1, dimension)
-    return result
+    return filled
 
 
 def _straight(lines: FloatArray, filled: FloatArray, known: npt.NDArray[np.bool_], axis: FloatArray) -> FloatArray:
