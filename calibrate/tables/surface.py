@@ -11,6 +11,7 @@ values themselves, which tells parts apart that say the same and keeps what no r
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, Final
 
 import numpy as np
@@ -95,8 +96,9 @@ def _design(
     return sparse.csr_matrix((weight.ravel(), place.ravel(), starts), shape=(len(place), first))
 
 
+@lru_cache(maxsize=256)
 def _roughness(shape: tuple[int, ...]) -> Any:
-    """Squared second differences along each axis, and the ridge."""
+    """Squared second differences along each axis, and the ridge. Folds of a hold-out ask for few shapes again and again."""
     from scipy import sparse
 
     total = _RIDGE[len(shape)] * sparse.eye(int(np.prod(shape)))

@@ -8,6 +8,7 @@ sorted, and the i-th block goes to the i-th slot that comes free.
 
 from __future__ import annotations
 
+import itertools
 from typing import Final
 
 import numpy as np
@@ -15,17 +16,38 @@ import numpy.typing as npt
 
 from kvtwin.sim.latency.grid import FloatArray
 from kvtwin.sim.latency.work.columns import Columns, attention_heads, prefills
-from kvtwin.sim.latency.work.reuse import Reuse
+from kvtwin.sim.latency.work.reuse import CACHES, Reuse
 
 BLOCK_START: Final = 50.0  # keys that a thread block could read while it starts and ends
 EMPTY_BLOCK: Final = 16.0  # and one that finds nothing to do: a decode's, beyond its first tile
 PIECE: Final = 128.0  # keys that a block takes at a time (`kBlockN`)
 MANY_SLOTS: Final = 376  # thread blocks at once, where the trend saw no waves
 _MOST_KNOWN: Final = 1 << 18
-_ROWS_AT_ONCE: Final = 4096
+_ROWS_AT_ONCE: Final = 512  # whose slots fit a core's cache
 
-# What was played before, by the row's numbers: a hold-out asks for the same rows again and again.
-_known: dict[bytes, FloatArray] = {}
+
+class _Played:
+    """What was played before, by a row's numbers: a hold-out asks for the same rows again and again."""
+
+    def __init__(self) -> None:
+        self._place: dict[bytes, int] = {}
+        self._results = np.zeros((0, 1 + len(CACHES)))
+
+    def __call__(self, rows: FloatArray, num_blocks: FloatArray, tile: float) -> FloatArray:
+        """`_played` of every row; rows with about as many blocks (of shape (n,)) are played together."""
+        keys = rows.view(f"V{rows.itemsize * rows.shape[1]}").ravel().tolist()
+        if len(self._place) > _MOST_KNOWN:
+            self._place, self._results = {}, self._results[:0]
+        new = sorted({key: at for at, key in enumerate(keys) if key not in self._place}.values(), key=num_blocks.item)
+        for first in range(0, len(new), _ROWS_AT_ONCE):
+            here = new[first : first + _ROWS_AT_ONCE]
+            self._place.update(zip((keys[at] for at in here), itertools.count(len(self._place))))
+            self._results = np.concatenate([self._results, _played(rows[here], tile)])
+        found: FloatArray = self._results[[self._place[key] for key in keys]]
+        return found
+
+
+_remembered: Final = _Played()
 
 
 def play(columns: Columns, tile: float, slots: float) -> tuple[FloatArray, FloatArray]:
@@ -42,20 +64,10 @@ def play(columns: Columns, tile: float, slots: float) -> tuple[FloatArray, Float
     longer = short * columns["skew"] if "skew" in columns else short
     heads, kv_heads = attention_heads(columns)
     fixed = np.full((len(chunk), 2), [tile, slots or MANY_SLOTS])
-    group = heads / kv_heads
     rows = np.column_stack(
-        [num_prefills, chunk, prefix, num_long, longer, decodes - num_long, short, heads, group, fixed]
+        [num_prefills, chunk, prefix, num_long, longer, decodes - num_long, short, heads, heads / kv_heads, fixed]
     )
-    keys = rows.view(f"V{rows.itemsize * rows.shape[1]}").ravel().tolist()
-    if len(_known) > _MOST_KNOWN:
-        _known.clear()
-    missing = {key: at for at, key in enumerate(keys) if key not in _known}
-    num_blocks = num_prefills * np.ceil(chunk / tile) + decodes
-    order = sorted(missing.values(), key=lambda at: num_blocks[at])  # rows with as many blocks are played together
-    for first in range(0, len(order), _ROWS_AT_ONCE):
-        here = order[first : first + _ROWS_AT_ONCE]
-        _known.update(zip((keys[at] for at in here), _played(rows[here], tile), strict=True))
-    found = np.array([_known[key] for key in keys]).reshape(len(keys), -1)
+    found = _remembered(rows, num_prefills * np.ceil(chunk / tile) + decodes, tile)
     return found[:, 0], found[:, 1:]
 
 

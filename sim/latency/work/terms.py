@@ -15,7 +15,7 @@ there the fit picks slots = 0.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Final
 
 import numpy as np
@@ -106,11 +106,14 @@ def terms(work: str, columns: Columns, tile: float, slots: float) -> Terms:
     return WORKS[work]({name: np.asarray(values, np.float64) for name, values in columns.items()}, tile, slots)
 
 
-def dear_terms(work: str, columns: Columns, tile: float, slots: float) -> Terms:
+def dear_terms(work: str, columns: Columns, tile: float, slots: float, wanted: Container[str] | None = None) -> Terms:
     """Terms that are worth pricing, but too dear to search every geometry with: none but for prefills with decodes.
 
     When the last block ends, and how much longer memory takes for the keys that no cache holds, where that is longer: at a
     share of the slots that memory can feed, and a size of the cache, of which a fit chooses.
+
+    Args:
+        wanted: names of the terms that are needed; None for all.
     """
     if work not in PLAYED:
         return {}
@@ -118,7 +121,8 @@ def dear_terms(work: str, columns: Columns, tile: float, slots: float) -> Terms:
     found = {_LAST_END: end}
     for (size, keys), share in itertools.product(zip(CACHES, missed.T, strict=True), _FED):
         name = f"beyond the end, cache of {int(size)}, memory feeds {share:g}"
-        found[name] = np.maximum(keys / (share * (slots or MANY_SLOTS)) - end, 0.0)
+        if wanted is None or name in wanted:
+            found[name] = np.maximum(keys / (share * (slots or MANY_SLOTS)) - end, 0.0)
     return found
 
 
@@ -132,7 +136,7 @@ def trend(
     """
     found = terms(work, columns, tile, slots)
     if prices.keys() - found.keys():
-        found |= dear_terms(work, columns, tile, slots)
+        found |= dear_terms(work, columns, tile, slots, prices)
     if unknown := prices.keys() - found.keys():
         raise InputError(f"the profile prices {min(unknown)!r}, which this version does not know: calibrate it anew")
     total = np.zeros(len(next(iter(found.values()))))
