@@ -9,6 +9,7 @@ from kvtwin.reports.aggregate.document import Figures, RunFigures
 from kvtwin.reports.causes import causes
 from kvtwin.reports.numbers import MISSING, count, number, percent
 from kvtwin.reports.pages.checks_table import checks_section
+from kvtwin.reports.pages.figures.run import figures_of_run
 from kvtwin.reports.pages.headline import METRICS, gates_held, headlines, limits
 from kvtwin.reports.pages.markup import (
     Table,
@@ -21,7 +22,6 @@ from kvtwin.reports.pages.markup import (
     verdict_class,
 )
 from kvtwin.reports.pages.plots import Figure, figure_html, specs_of
-from kvtwin.reports.pages.run_figures import figures_of_run
 from kvtwin.reports.pages.schedules import schedule_html
 from kvtwin.reports.pages.shell import contents_of, render_page
 from kvtwin.reports.pages.trend import date_of, dated, recorded_on, trend_figure

@@ -16,11 +16,11 @@ import pytest
 
 from kvtwin.reports.aggregate.build import aggregate
 from kvtwin.reports.pages import shell
+from kvtwin.reports.pages.figures.run import figures_of_run
 from kvtwin.reports.pages.headline import headlines
 from kvtwin.reports.pages.index import Entry, render_index
 from kvtwin.reports.pages.markup import script_json
 from kvtwin.reports.pages.plots import plotly_text
-from kvtwin.reports.pages.run_figures import figures_of_run
 from kvtwin.reports.pages.target import render_target
 from kvtwin.reports.pages.trend import sparkline, trend_figure
 from kvtwin.traces.run import Run
