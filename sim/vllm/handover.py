@@ -138,22 +138,7 @@ def to_jump(plain: PlainLoop, jump: JumpLoop, blocks: BlockTables) -> None:
             batch.last_places.append(place)
             jump.base_at[place] = request.num_computed_tokens - clock.num_steps
     if batch and in_flight and jump.records_steps:
-        batch.rows = _step_rows(in_flight)
+        times_ns = (in_flight.sched_ns, in_flight.start_ns, in_flight.end_ns, UNKNOWN)
+        batch.rows = StepRows.of_plan(in_flight.plan, (), times_ns)
     jump.pending = batch
     plain.scheduler.running = []
-
-
-def _step_rows(batch: InFlight) -> StepRows:
-    plan = batch.plan
-    return StepRows(
-        requests=[request.row for request in plan.requests],
-        cache_lens=plan.cache_lens,
-        input_lens=plan.input_lens,
-        preempted=[request.row for request in plan.preempted],
-        finished=(),
-        num_waiting=plan.num_waiting,
-        num_running=plan.num_running,
-        num_free_blocks=[plan.num_free_blocks],
-        num_evicted_blocks=[plan.num_evicted_blocks],
-        times_ns=[(batch.sched_ns, batch.start_ns, batch.end_ns, UNKNOWN)],
-    )

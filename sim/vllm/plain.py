@@ -187,20 +187,8 @@ class PlainLoop:
         if finished and self._progress is not None:
             self._progress(len(finished))
         if self._log is not None:
-            self._log.add(
-                StepRows(
-                    requests=[request.row for request in plan.requests],
-                    cache_lens=plan.cache_lens,
-                    input_lens=plan.input_lens,
-                    preempted=[request.row for request in plan.preempted],
-                    finished=[request.row for request in finished],
-                    num_waiting=plan.num_waiting,
-                    num_running=plan.num_running,
-                    num_free_blocks=[plan.num_free_blocks],
-                    num_evicted_blocks=[plan.num_evicted_blocks],
-                    times_ns=[(batch.sched_ns, batch.start_ns, batch.end_ns, clock.now_ns)],
-                )
-            )
+            times_ns = (batch.sched_ns, batch.start_ns, batch.end_ns, clock.now_ns)
+            self._log.add(StepRows.of_plan(plan, finished, times_ns))
 
     def _tell_time(self) -> None:
         if self._cache_log is not None:

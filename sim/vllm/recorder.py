@@ -149,6 +149,22 @@ class StepRows:
     num_evicted_blocks: Sequence[int]
     times_ns: Sequence[tuple[int, int, int, int]]
 
+    @classmethod
+    def of_plan(cls, plan: StepPlan, finished: Iterable[Request], times_ns: tuple[int, int, int, int]) -> StepRows:
+        """One step; `times_ns`: its (sched, start, end, update)."""
+        return cls(
+            requests=[request.row for request in plan.requests],
+            cache_lens=plan.cache_lens,
+            input_lens=plan.input_lens,
+            preempted=[request.row for request in plan.preempted],
+            finished=[request.row for request in finished],
+            num_waiting=plan.num_waiting,
+            num_running=plan.num_running,
+            num_free_blocks=[plan.num_free_blocks],
+            num_evicted_blocks=[plan.num_evicted_blocks],
+            times_ns=[times_ns],
+        )
+
     def head(self, count: int) -> StepRows:
         """The first `count` steps of a stretch."""
         return replace(

@@ -7,6 +7,7 @@ n-th admission has place n, so places in order are vLLM's running list.
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 
@@ -111,6 +112,32 @@ class Running:
         self.ends, self._longest, self._left = [], [], set()
         self.partial = self.pending = None
         self.num_running = self.num_decode = self.context = self.context_sq = 0
+
+    def batch_with(self, chunks: Sequence[Chunk]) -> tuple[int, ...]:
+        """The next step's batch, with these prompt chunks: its statistics, as `latency.stats.batch_row` gives them.
+
+        A chunk of one token is a decode. Sums that only the spread of contexts needs are 0 without `needs_spread`.
+        """
+        num_decode, context, context_sq = self.num_decode, self.context, self.context_sq
+        longest = num_prefill = tokens = prefix = pairs = tokens_sq = 0
+        for _, _, cache_len, count in chunks:
+            if count > 1:
+                num_prefill += 1
+                tokens += count
+                prefix += cache_len
+            else:
+                num_decode += 1
+                context += cache_len
+        if self._needs_spread:
+            longest = self.longest_context()
+            for _, _, cache_len, count in chunks:
+                if count > 1:
+                    pairs += count * cache_len + count * (count + 1) // 2
+                    tokens_sq += count * count
+                else:
+                    context_sq += cache_len * cache_len
+                    longest = max(longest, cache_len)
+        return num_decode, context, context_sq, longest, num_prefill, tokens, prefix, pairs, tokens_sq
 
     def take_place(self, row: int) -> int:
         """The next place in the running list."""

@@ -92,20 +92,8 @@ class VllmReplay:
         plan, times = self._in_flight.popleft()
         finished = self._scheduler.update(plan)
         self._times.note_tokens(plan, finished, time_ns)
-        self._log.add(
-            StepRows(
-                requests=[request.row for request in plan.requests],
-                cache_lens=plan.cache_lens,
-                input_lens=plan.input_lens,
-                preempted=[request.row for request in plan.preempted],
-                finished=[request.row for request in finished],
-                num_waiting=plan.num_waiting,
-                num_running=plan.num_running,
-                num_free_blocks=[plan.num_free_blocks],
-                num_evicted_blocks=[plan.num_evicted_blocks],
-                times_ns=[(times.sched_ns, times.start_ns, times.end_ns, time_ns)],
-            )
-        )
+        times_ns = (times.sched_ns, times.start_ns, times.end_ns, time_ns)
+        self._log.add(StepRows.of_plan(plan, finished, times_ns))
 
     @property
     def is_idle(self) -> bool:
