@@ -7,7 +7,6 @@ the truth is known. Prints a table; validate/README.md has it.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,23 +21,7 @@ from kvtwin.sim.latency.linear import LinearLatency
 from kvtwin.sim.latency.profile import PROFILE_FILE, Profile
 from kvtwin.traces.run import Run
 
-sys.path.insert(0, str(Path(__file__).parent))
-from planted import (  # type: ignore[import-not-found]  # beside this file
-    ENGINES,
-    HOST,
-    TIMES,
-    TRUTH,
-    Noisy,
-    SlowNoisy,
-    config_of,
-    early,
-    edited,
-    reversed_eviction,
-    slower,
-    told,
-    with_longer_steps,
-    workload,
-)
+from .. import planted
 
 pytestmark = pytest.mark.fidelity
 
@@ -54,47 +37,63 @@ class Case:
     fault: str
     recorded: Run
     predicted: Run
-    profile: LinearLatency | None = TRUTH
+    profile: LinearLatency | None = planted.TRUTH
     layer: str = ""
     clock: str = "queued"
 
 
 def cases(settings: dict[str, Any], seed: int) -> Iterator[Case]:
-    sent, config, noisy = workload(seed), config_of(settings), Noisy(seed, 0.03, 0.0)
+    sent, config, noisy = planted.workload(seed), planted.config_of(settings), planted.Noisy(seed, 0.03, 0.0)
     vllm = settings["engine"] == "vllm"
     schedule, cache = ("schedule", "cache") if vllm else ("cache and schedule",) * 2
     short = settings | {"max_num_batched_tokens" if vllm else "chunked_prefill_size": 496}
     run = partial(simulate_engine, sent)
-    recorded, predicted = run(config, noisy, HOST), run(config, TRUTH, HOST)
+    recorded, predicted = run(config, noisy, planted.HOST), run(config, planted.TRUTH, planted.HOST)
     requests = Run(recorded.info, {"requests": recorded.requests})
-    slow = run(config, slower(1.1), HOST)
+    slow = run(config, planted.slower(1.1), planted.HOST)
     case = partial(Case, recorded=recorded, predicted=predicted)
     yield case("none")
     yield case("none", clock="arrival")
     yield case("none, no steps recorded", recorded=requests)
     yield case("none, no profile", profile=None)
-    yield case("step times, simulation", predicted=slow, profile=slower(1.1), layer="step times")
+    yield case("step times, simulation", predicted=slow, profile=planted.slower(1.1), layer="step times")
     yield case("step times, simulation, no profile", predicted=slow, profile=None, layer="step times")
-    yield case("step times, recording", recorded=run(config, SlowNoisy(seed, 0.03, 0.0), HOST), layer="step times")
-    yield case("steps table, simulation", predicted=with_longer_steps(predicted), layer="step times")
-    yield case("steps table, recording", recorded=with_longer_steps(recorded), layer="step times")
-    yield case("budget, simulation", predicted=run(config_of(short), TRUTH, HOST), layer=schedule)
-    yield case("budget, recording", recorded=told(run(config_of(short), noisy, HOST), recorded), layer=schedule)
-    newest = reversed_eviction(settings, sent, noisy)
-    yield case("eviction, recording", recorded=told(newest, recorded), layer=cache)
+    yield case(
+        "step times, recording",
+        recorded=run(config, planted.SlowNoisy(seed, 0.03, 0.0), planted.HOST),
+        layer="step times",
+    )
+    yield case("steps table, simulation", predicted=planted.with_longer_steps(predicted), layer="step times")
+    yield case("steps table, recording", recorded=planted.with_longer_steps(recorded), layer="step times")
+    yield case(
+        "budget, simulation", predicted=run(planted.config_of(short), planted.TRUTH, planted.HOST), layer=schedule
+    )
+    yield case(
+        "budget, recording",
+        recorded=planted.told(run(planted.config_of(short), noisy, planted.HOST), recorded),
+        layer=schedule,
+    )
+    newest = planted.reversed_eviction(settings, sent, noisy)
+    yield case("eviction, recording", recorded=planted.told(newest, recorded), layer=cache)
     if not vllm:  # the simulated engine of an attribution cannot be patched from outside
-        yield case("eviction, simulation", predicted=reversed_eviction(settings, sent, TRUTH), layer=cache)
+        yield case(
+            "eviction, simulation", predicted=planted.reversed_eviction(settings, sent, planted.TRUTH), layer=cache
+        )
     for where in ("recorded", "predicted"):
         source = recorded if where == "recorded" else predicted
         place = "recording" if where == "recorded" else "simulation"
-        sent_early: dict[str, Any] = {where: edited(source, TIMES[:1], early)}
+        sent_early: dict[str, Any] = {where: planted.edited(source, planted.TIMES[:1], planted.early)}
         yield case(f"arrival, {place}", **sent_early, layer="arrival")
         yield case(f"arrival by its clock, {place}", **sent_early, layer="arrival", clock="arrival")
-        in_us: dict[str, Any] = {where: edited(source, TIMES, lambda times: times // 1000)}
+        in_us: dict[str, Any] = {where: planted.edited(source, planted.TIMES, lambda times: times // 1000)}
         yield case(f"units, {place}", **in_us, layer="units")
-    queued = edited(recorded, TIMES[:2], early)
+    queued = planted.edited(recorded, planted.TIMES[:2], planted.early)
     yield case("arrival and queue, recording", recorded=queued, layer="arrival")
-    yield case("arrival and queue, simulation", predicted=edited(predicted, TIMES[:2], early), layer="arrival")
+    yield case(
+        "arrival and queue, simulation",
+        predicted=planted.edited(predicted, planted.TIMES[:2], planted.early),
+        layer="arrival",
+    )
     bare = Run(queued.info, {"requests": queued.requests})
     yield case("arrival and queue, recording, no steps", recorded=bare, layer="arrival")
 
@@ -105,7 +104,7 @@ def judge(case: Case, place: Path, capsys: pytest.CaptureFixture[str], gates: st
     (place / "gates.toml").write_text(gates)
     beside = {}
     if case.profile is not None:
-        Profile(kind="linear", latency=case.profile.to_json(), host=HOST).write(place / "given.json")
+        Profile(kind="linear", latency=case.profile.to_json(), host=planted.HOST).write(place / "given.json")
         beside = {PROFILE_FILE: place / "given.json"}
     recorded = replace(case.recorded.info, kind="recorded")
     tables = {"requests": case.recorded.requests}
@@ -122,11 +121,11 @@ def judge(case: Case, place: Path, capsys: pytest.CaptureFixture[str], gates: st
     return code == 1, {one["blamed"] for one in found if one["blamed"] is not None}
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", planted.ENGINES)
 def test_planted_faults(engine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table: dict[str, list[int]] = {}
     for seed in SEEDS:
-        for number, case in enumerate(cases(ENGINES[engine], seed)):
+        for number, case in enumerate(cases(planted.ENGINES[engine], seed)):
             caught, blamed = judge(case, tmp_path / f"{seed}_{number}", capsys)
             row = table.setdefault(case.fault, [0, 0, 0, 0])
             row[0] += 1
@@ -148,15 +147,15 @@ def test_step_times_under_the_noise_of_a_shared_machine(
     engine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """25 % of noise that hangs together over some steps, as on our CPU recordings."""
-    settings = ENGINES[engine]
+    settings = planted.ENGINES[engine]
     right = wrong = 0
     seeds = range(15)
     for seed in seeds:
-        sent, config, noisy = workload(seed), config_of(settings), Noisy(seed, 0.25, 0.5)
-        recorded = simulate_engine(sent, config, noisy, HOST)
+        sent, config, noisy = planted.workload(seed), planted.config_of(settings), planted.Noisy(seed, 0.25, 0.5)
+        recorded = simulate_engine(sent, config, noisy, planted.HOST)
         for factor in (1.0, 1.1):
-            predicted = simulate_engine(sent, config, slower(factor), HOST)
-            case = Case("noise", recorded, predicted, slower(factor), "step times")
+            predicted = simulate_engine(sent, config, planted.slower(factor), planted.HOST)
+            case = Case("noise", recorded, predicted, planted.slower(factor), "step times")
             _, blamed = judge(case, tmp_path / f"{seed}_{factor}", capsys)
             if factor == 1.0:
                 wrong += bool(blamed)

@@ -8,7 +8,6 @@ workload. Prints a table; validate/README.md has it.
 from __future__ import annotations
 
 import json
-import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -26,23 +25,7 @@ from kvtwin.sim.latency.profile import Profile
 from kvtwin.sim.latency.stats import IntArray
 from kvtwin.traces.run import Run
 
-sys.path.insert(0, str(Path(__file__).parent))
-from planted import (  # type: ignore[import-not-found]  # beside this file
-    ENGINES,
-    HOST,
-    TIMES,
-    TRUTH,
-    Noisy,
-    SlowNoisy,
-    config_of,
-    early,
-    edited,
-    reversed_eviction,
-    slower,
-    told,
-    with_longer_steps,
-    workload,
-)
+from .. import planted
 
 pytestmark = pytest.mark.fidelity
 
@@ -80,7 +63,7 @@ class Case:
     recorded: Run
     sent: Run
     settings: dict[str, Any]
-    latency: LinearLatency = TRUTH
+    latency: LinearLatency = planted.TRUTH
     layer: str = ""
     clock: str = "queued"
     outcome: Outcome = "caught"
@@ -103,12 +86,12 @@ def half(change: Callable[[IntArray], IntArray]) -> Callable[[IntArray], IntArra
 
 
 def cases(settings: dict[str, Any], seed: int) -> Iterator[Case]:
-    sent, config, noisy = workload(seed), config_of(settings), Noisy(seed, 0.03, 0.0)
+    sent, config, noisy = planted.workload(seed), planted.config_of(settings), planted.Noisy(seed, 0.03, 0.0)
     vllm = settings["engine"] == "vllm"
     schedule, cache = ("schedule", "cache") if vllm else ("cache and schedule",) * 2
     short = settings | {"max_num_batched_tokens" if vllm else "chunked_prefill_size": 496}
     run = partial(simulate_engine, sent)
-    recorded = run(config, noisy, HOST)
+    recorded = run(config, noisy, planted.HOST)
     requests = Run(recorded.info, {"requests": recorded.requests})
     case = partial(Case, recorded=recorded, sent=sent, settings=settings)
     none = partial(case, outcome="passes")
@@ -116,18 +99,22 @@ def cases(settings: dict[str, Any], seed: int) -> Iterator[Case]:
     yield none("none", clock="arrival")
     yield none("none, no steps recorded", recorded=requests)
     slow = partial(case, layer="step times")
-    yield slow("step times, profile", latency=slower(1.1))
-    yield slow("step times, recording", recorded=run(config, SlowNoisy(seed, 0.03, 0.0), HOST))
-    yield slow("steps table, recording", recorded=with_longer_steps(recorded))
+    yield slow("step times, profile", latency=planted.slower(1.1))
+    yield slow("step times, recording", recorded=run(config, planted.SlowNoisy(seed, 0.03, 0.0), planted.HOST))
+    yield slow("steps table, recording", recorded=planted.with_longer_steps(recorded))
     yield case("budget, engine settings", settings=short, layer=schedule, told="512 tokens recorded, 496 simulated")
-    yield case("budget, recording", recorded=told(run(config_of(short), noisy, HOST), recorded), layer=schedule)
-    newest = reversed_eviction(settings, sent, noisy)
-    yield case("eviction, recording", recorded=told(newest, recorded), layer=cache)
+    yield case(
+        "budget, recording",
+        recorded=planted.told(run(planted.config_of(short), noisy, planted.HOST), recorded),
+        layer=schedule,
+    )
+    newest = planted.reversed_eviction(settings, sent, noisy)
+    yield case("eviction, recording", recorded=planted.told(newest, recorded), layer=cache)
     if not vllm:
         yield case("eviction, engine settings", settings=settings | {"radix_eviction_policy": "mru"}, layer=cache)
-    yield slow("units, profile", latency=slower(1000), told="about 1000x the measured")
-    yield slow("units, profile", latency=slower(0.001), told="about 1/1000 of the measured")
-    in_us = edited(recorded, TIMES, lambda times: times // 1000)
+    yield slow("units, profile", latency=planted.slower(1000), told="about 1000x the measured")
+    yield slow("units, profile", latency=planted.slower(0.001), told="about 1/1000 of the measured")
+    in_us = planted.edited(recorded, planted.TIMES, lambda times: times // 1000)
     yield case("units, recording", recorded=in_us, layer="units", told="requests' times are about 1/1000")
     bare = Run(in_us.info, {"requests": in_us.requests})
     yield case("units, recording, no steps", recorded=bare, layer="units", told="between arrivals are about 1/1000")
@@ -137,30 +124,36 @@ def cases(settings: dict[str, Any], seed: int) -> Iterator[Case]:
 def arrivals(case: Callable[..., Case], recorded: Run, sent: Run) -> Iterator[Case]:
     """Clocks that are 50 ms off."""
     off = partial(case, layer="arrival", told="from arrival_ns to queued_ns takes")
-    for word, shift in (("early", early), ("late", late)):
-        moved = edited(sent, TIMES[:1], shift, steps=False)
+    for word, shift in (("early", planted.early), ("late", late)):
+        moved = planted.edited(sent, planted.TIMES[:1], shift, steps=False)
         yield case(f"workload {word}", sent=moved, outcome="passes", told="50.000 ms")
-        moved = edited(sent, TIMES[:1], half(shift), steps=False)
+        moved = planted.edited(sent, planted.TIMES[:1], half(shift), steps=False)
         yield case(f"workload {word}, half of it", sent=moved, layer="arrival", told="were sent at other times")
         for clock in ("queued", "arrival"):
-            yield off(f"arrival {word}", recorded=edited(recorded, TIMES[:1], shift), clock=clock)
-            yield off(f"arrival {word}, half of it", recorded=edited(recorded, TIMES[:1], half(shift)), clock=clock)
-    moved = edited(recorded, TIMES[:2], early)
+            yield off(f"arrival {word}", recorded=planted.edited(recorded, planted.TIMES[:1], shift), clock=clock)
+            yield off(
+                f"arrival {word}, half of it",
+                recorded=planted.edited(recorded, planted.TIMES[:1], half(shift)),
+                clock=clock,
+            )
+    moved = planted.edited(recorded, planted.TIMES[:2], planted.early)
     yield case("arrival and queue early", recorded=moved, layer="arrival", told="queued_ns lies")
     bare = Run(moved.info, {"requests": moved.requests})
     yield case("arrival and queue early, no steps", recorded=bare, layer="arrival", told="queued_ns lies")
-    moved = edited(recorded, TIMES[:2], late)
+    moved = planted.edited(recorded, planted.TIMES[:2], late)
     yield case("arrival and queue late", recorded=moved, outcome="refused", told="is one of the two of another clock")
 
 
 def overloaded(settings: dict[str, Any], seed: int) -> Iterator[Case]:
     """Requests come thirty times as fast, six times what the engine can serve: 50 ms are little beside TTFT."""
-    sent = edited(workload(seed), TIMES[:1], lambda times: times[0] + (times - times[0]) // 30, steps=False)
-    recorded = simulate_engine(sent, config_of(settings), Noisy(seed, 0.03, 0.0), HOST)
+    sent = planted.edited(
+        planted.workload(seed), planted.TIMES[:1], lambda times: times[0] + (times - times[0]) // 30, steps=False
+    )
+    recorded = simulate_engine(sent, planted.config_of(settings), planted.Noisy(seed, 0.03, 0.0), planted.HOST)
     case = partial(Case, recorded=recorded, sent=sent, settings=settings)
     yield case("overload: none", outcome="passes")
-    for word, shift in (("early", early), ("late", late)):
-        moved = edited(recorded, TIMES[:1], shift)
+    for word, shift in (("early", planted.early), ("late", late)):
+        moved = planted.edited(recorded, planted.TIMES[:1], shift)
         yield case(f"overload: arrival {word}", recorded=moved, layer="arrival", told="queued_ns takes")
 
 
@@ -176,7 +169,7 @@ class Verdict:
 def check(case: Case, place: Path, capsys: pytest.CaptureFixture[str]) -> Verdict:
     """`kvtwin check` of the case as a target; exit code, checks.json and JUnit XML agree."""
     place.mkdir()
-    Profile(kind="linear", latency=case.latency.to_json(), host=HOST).write(place / "profile.json")
+    Profile(kind="linear", latency=case.latency.to_json(), host=planted.HOST).write(place / "profile.json")
     tables = {name: getattr(case.recorded, name) for name in ("requests", "steps") if case.recorded.has(name)}
     Run(replace(case.recorded.info, kind="recorded"), tables).write(place / "run")
     case.sent.write(place / "sent")
@@ -197,13 +190,15 @@ def check(case: Case, place: Path, capsys: pytest.CaptureFixture[str]) -> Verdic
     return Verdict("caught" if failed else "passes", blamed, answer.out)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", planted.ENGINES)
 def test_planted_faults(engine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table: dict[str, list[int]] = {}
     wrong: list[str] = []
     by_chance = 0  # a layer's own measure is off beyond 99 %, so in 1 of 100 without a fault
     for seed in SEEDS:
-        for number, case in enumerate([*cases(ENGINES[engine], seed), *overloaded(ENGINES[engine], seed)]):
+        for number, case in enumerate(
+            [*cases(planted.ENGINES[engine], seed), *overloaded(planted.ENGINES[engine], seed)]
+        ):
             found = check(case, tmp_path / f"{seed}_{number}", capsys)
             blamed = {case.layer} if case.layer else set()
             row = table.setdefault(case.fault, [0, 0, 0, 0, 0])

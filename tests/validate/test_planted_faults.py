@@ -33,24 +33,13 @@ from kvtwin.validate.scheduler.compare import compare_schedulers
 from kvtwin.validate.scheduler.replay import replay_schedule
 from kvtwin.validate.step import build_predictions, compare_steps
 
-TRUTH = LinearLatency(base_ns=6_000_000, per_new_token_ns=40_000, per_context_token_ns=60, per_req_ns=20_000)
+from .. import planted
+
 CONFIG = VllmConfig(
     num_gpu_blocks=900, max_num_seqs=64, max_num_batched_tokens=512, max_model_len=2048, async_scheduling=False
 )
 HOST = HostTime(schedule_ns=200_000, schedule_per_req_ns=4_000, update_ns=150_000, frontend_ns=2_000_000)
 GATES = parse_gates({"ttft_mean": 0.05, "tpot_mean": 0.02, "latency_mean": 0.02, "step_mape": 0.06, "step_bias": 0.02})
-
-
-class Jittery:
-    """The truth with 3 % of noise on every step."""
-
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
-
-    def step_ns(self, batches: BatchStats, first_step: int) -> IntArray:
-        noise = [np.random.default_rng([self._seed, first_step + row]).normal() for row in range(len(batches))]
-        times: IntArray = np.rint(TRUTH.step_ns(batches, first_step) * np.exp(0.03 * np.array(noise))).astype(np.int64)
-        return times
 
 
 def workload(seed: int, num_requests: int = 300) -> Run:
@@ -73,12 +62,12 @@ def workload(seed: int, num_requests: int = 300) -> Run:
 
 
 def record(seed: int, config: VllmConfig = CONFIG) -> Run:
-    run = simulate(workload(seed), config, Jittery(seed), HOST)
+    run = simulate(workload(seed), config, planted.Noisy(seed, 0.03, 0.0), HOST)
     return Run(replace(run.info, kind="recorded"), {"requests": run.requests, "steps": run.steps})
 
 
 def twin_of(
-    recording: Run, *, config: VllmConfig = CONFIG, latency: LinearLatency = TRUTH, host: HostTime = HOST
+    recording: Run, *, config: VllmConfig = CONFIG, latency: LinearLatency = planted.TRUTH, host: HostTime = HOST
 ) -> Twin:
     return Twin(recording, config, latency, host, simulate(recording, config, latency, host))
 
@@ -122,13 +111,13 @@ def test_without_a_fault_gates_hold(seed: int) -> None:
     recording = record(seed)
     twin = twin_of(recording)
     assert failed(end_to_end(recording, twin)) == set()
-    assert failed(step_checks(recording, TRUTH)) == set()
+    assert failed(step_checks(recording, planted.TRUTH)) == set()
     assert set(blamed(recording, twin).values()) <= {None, "host"}  # the host is blamed for what is left over
 
 
 def test_step_times_a_tenth_too_long() -> None:
     recording = record(1)
-    slow = LinearLatency(**{name: round(1.1 * value) for name, value in TRUTH.to_json().items()})
+    slow = planted.slower(1.1)
     twin = twin_of(recording, latency=slow)
     checks = end_to_end(recording, twin)
     assert {"step_mape", "step_bias"} <= failed(step_checks(recording, slow))
@@ -163,7 +152,9 @@ def test_eviction_in_reverse_order(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(BlockPool, "allocate", newest_first)
         patch.setattr(hybrids, "simulate_engine", partial(simulate_engine, plain=True))  # the patched pool
-        twin = Twin(recording, config, TRUTH, HOST, simulate(recording, config, TRUTH, HOST, plain=True))
+        twin = Twin(
+            recording, config, planted.TRUTH, HOST, simulate(recording, config, planted.TRUTH, HOST, plain=True)
+        )
         found = blamed(recording, twin)
     hits = [int(pc.sum(run.requests.column("cached_tokens")).as_py()) for run in (recording, twin.run)]
     assert hits[1] < 0.9 * hits[0]
@@ -195,7 +186,7 @@ def test_an_arrival_clock_50_ms_off() -> None:
 @pytest.mark.parametrize(("factor", "words"), [(1000, "1000x"), (1e-3, "1/1000 of")])
 def test_units_taken_for_others_are_named(factor: float, words: str) -> None:
     recording = record(5)
-    predicted = (factor * TRUTH.step_ns(BatchStats.of_steps(recording.steps), 0)).astype(np.int64)
+    predicted = (factor * planted.TRUTH.step_ns(BatchStats.of_steps(recording.steps), 0)).astype(np.int64)
     checks = compare_steps(build_predictions(recording.steps, predicted), name="x", gates=GATES)
     assert "step_bias" in failed(checks)
     assert all(words in check.note for check in checks)

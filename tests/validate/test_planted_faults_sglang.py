@@ -8,16 +8,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
 from kvtwin.sim.engines import simulate_engine
 from kvtwin.sim.latency.host import HostTime
 from kvtwin.sim.latency.linear import LinearLatency
-from kvtwin.sim.latency.stats import BatchStats, IntArray
+from kvtwin.sim.latency.stats import BatchStats
 from kvtwin.sim.sglang.config import SglangConfig, sglang_config
-from kvtwin.traces.run import Run, RunInfo
-from kvtwin.traces.table import from_columns
+from kvtwin.traces.run import Run
 from kvtwin.validate.attribution.attribute import attribute
 from kvtwin.validate.attribution.hybrids import Twin
 from kvtwin.validate.e2e import compare_e2e
@@ -26,7 +24,8 @@ from kvtwin.validate.scheduler.compare import compare_schedulers
 from kvtwin.validate.scheduler.replay import replay_schedule
 from kvtwin.validate.step import build_predictions, compare_steps
 
-TRUTH = LinearLatency(base_ns=6_000_000, per_new_token_ns=40_000, per_context_token_ns=60, per_req_ns=20_000)
+from .. import planted
+
 GATES = parse_gates({"ttft_mean": 0.05, "latency_mean": 0.02, "step_bias": 0.02, "identical_steps": 0.0})
 DEVICE = {
     "engine": "sglang",
@@ -45,40 +44,14 @@ STORAGE = DEVICE | {
 }
 
 
-class Jittery:
-    """The truth with 3 % of noise on every step."""
-
-    def step_ns(self, batches: BatchStats, first_step: int) -> IntArray:
-        noise = [np.random.default_rng([7, first_step + row]).normal() for row in range(len(batches))]
-        times: IntArray = np.rint(TRUTH.step_ns(batches, first_step) * np.exp(0.03 * np.array(noise))).astype(np.int64)
-        return times
-
-
-def workload(num_requests: int = 200) -> Run:
-    """Poisson arrivals; prompts of a family share 320 tokens, and every ten requests a new family comes up."""
-    rng = np.random.default_rng(11)
-    family = np.maximum(np.arange(num_requests) // 10 - rng.geometric(0.4, num_requests) + 1, 0)
-    num_blocks = rng.integers(21, 40, num_requests)
-    hashes = [
-        [1 + int(one) * 100 + block if block < 20 else 10_000 + row * 100 + block for block in range(total)]
-        for row, (one, total) in enumerate(zip(family, num_blocks, strict=True))
-    ]
-    columns = {
-        "request_id": [f"r{row}" for row in range(num_requests)],
-        "arrival_ns": (np.cumsum(rng.exponential(0.08, num_requests)) * 1e9).astype(np.int64),
-        "input_tokens": num_blocks * 16,
-        "output_tokens": rng.integers(4, 60, num_requests),
-        "block_hashes": hashes,
-    }
-    return Run(RunInfo("workload", hash_block_tokens=16), {"requests": from_columns("requests", columns, "made here")})
-
-
 def record(config: SglangConfig) -> Run:
-    run = simulate_engine(workload(), config, Jittery())
+    run = simulate_engine(planted.workload(11, 200), config, planted.Noisy(7, 0.03, 0.0))
     return Run(replace(run.info, kind="recorded"), {"requests": run.requests, "steps": run.steps})
 
 
-def judge(recording: Run, config: SglangConfig, latency: LinearLatency = TRUTH) -> tuple[set[str], set[str | None]]:
+def judge(
+    recording: Run, config: SglangConfig, latency: LinearLatency = planted.TRUTH
+) -> tuple[set[str], set[str | None]]:
     """Metrics whose gates fail, and whom attribution blames."""
     twin = Twin(recording, config, latency, HostTime(), simulate_engine(recording, config, latency))
     predicted = latency.step_ns(BatchStats.of_steps(recording.steps), 0)
@@ -103,8 +76,7 @@ def test_without_a_fault_gates_hold_and_nobody_is_blamed(settings: dict[str, obj
 
 def test_step_times_a_tenth_too_long() -> None:
     config = sglang_config(DEVICE, "test")
-    slow = LinearLatency(**{name: round(1.1 * value) for name, value in TRUTH.to_json().items()})
-    failed, blamed = judge(record(config), config, slow)
+    failed, blamed = judge(record(config), config, planted.slower(1.1))
     assert {"step_bias", "ttft_mean", "latency_mean"} <= failed
     assert blamed == {"step times"}
 

@@ -1,4 +1,5 @@
-"""Runs of simulated engines whose truth is known, and the faults that are planted in them."""
+"""Runs of simulated engines whose truth is known, and the faults that are planted in them: for the quick tests of
+tests/validate and the studies of tests/fidelity."""
 
 from __future__ import annotations
 
@@ -49,7 +50,7 @@ class Noisy:
     def __init__(self, seed: int, size: float, rho: float) -> None:
         rng = np.random.default_rng(seed)
         noise = rng.normal(size=50_000)
-        for step in range(1, len(noise)):
+        for step in range(1, len(noise)) if rho else ():
             noise[step] = rho * noise[step - 1] + np.sqrt(1 - rho**2) * noise[step]
         self._factor = np.exp(size * noise - size**2 / 2)
 
