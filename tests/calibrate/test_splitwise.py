@@ -71,6 +71,34 @@ def test_one_step_that_is_too_slow_casts_no_doubt_on_larger_ones(samples_of: Sam
     assert np.array_equal(faster_than_less(samples), seqs == 4)
 
 
+def pairs_apart(samples: OpSamples) -> npt.NDArray[np.bool_]:
+    """The rule of `faster_than_less` as its docstring says it, pair by pair."""
+    loads, index = np.unique(np.column_stack(list(samples.load.values())), axis=0, return_inverse=True)
+    index = index.ravel()
+    median = np.array([np.median(samples.time_us[index == batch]) for batch in range(len(loads))])
+    less = np.all(loads[:, None] <= loads[None, :], axis=2)  # the first of a pair has no more of anything
+    apart = less & (median[None, :] < 0.75 * median[:, None])
+    doubted = np.zeros(len(samples), np.bool_)
+    while apart.any():
+        worst = int(np.argmax(apart.sum(axis=0) + apart.sum(axis=1)))
+        doubted |= index == worst
+        apart[worst], apart[:, worst] = False, False
+    return doubted
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_steps_that_are_too_fast_are_those_that_all_pairs_show(seed: int, samples_of: SamplesOf) -> None:
+    """Grids and scattered batches, with repeats and equal times, few and so many that pairs are not compared."""
+    rng = np.random.default_rng(seed)
+    num_rows, num_values = int(rng.choice([1, 30, 900])), int(rng.choice([3, 40, 10_000]))
+    load = {name: rng.integers(1, 1 + num_values, num_rows) for name in ("num_decode", "context")}
+    if seed % 2:
+        load["output_tokens"] = rng.integers(1, 1 + num_values, num_rows)
+    time_us = np.round(5e4 + 1e4 * sum(load.values()) * rng.lognormal(0, rng.choice([0.05, 0.5]), num_rows), -3)
+    samples = samples_of("token_step", load, time_us)
+    assert np.array_equal(faster_than_less(samples), pairs_apart(samples))
+
+
 def test_splitwise_marks_its_suspect_rows_and_the_rule_finds_them_unmarked(shared: Path) -> None:
     table = prepare(read_op_table(shared / "data/profiles/splitwise/perf_model_clean.csv.gz"))
     for samples in table.samples:
