@@ -16,9 +16,10 @@ from typing import Any, Final
 
 import numpy as np
 
+from kvtwin.sim.latency.axis import Axis, corners
 from kvtwin.sim.latency.grid import FloatArray
 from kvtwin.sim.latency.octaves import octave
-from kvtwin.sim.latency.surface import PAIRS, Part, Surface, cell, weights_of
+from kvtwin.sim.latency.surface import PAIRS, Part, Surface, cell, place_of
 
 _STRENGTH: Final = 2e-4  # of a table that is smooth on the scale of octaves: errors of 1 %, bends of as much
 _RIDGE: Final = {1: 1e-3, 2: 1e-2}  # by number of coordinates of a part
@@ -84,14 +85,15 @@ def _design(
     """Sparse matrix of shape (n, number of values): what each value adds to each row's factor."""
     from scipy import sparse
 
-    cells = {name: cell(axis, coordinates[name]) for name, axis in axes.items()}
+    cells = {name: cell(Axis(axis), coordinates[name]) for name, axis in axes.items()}
     points, weights, first = [], [], 0
     for part, shape in zip(names, shapes, strict=True):
-        place, weight = weights_of([cells[name] for name in part], shape)
-        points.append(place + first)
-        weights.append(weight)
+        lowest, shares, strides = place_of([cells[name] for name in part], shape)
+        for share, offset in corners(shares, strides):
+            points.append(lowest + (first + offset))
+            weights.append(share)
         first += int(np.prod(shape))
-    place, weight = np.concatenate(points, axis=1), np.concatenate(weights, axis=1)
+    place, weight = np.column_stack(points), np.column_stack(weights)
     starts = np.arange(0, place.size + 1, place.shape[1])
     return sparse.csr_matrix((weight.ravel(), place.ravel(), starts), shape=(len(place), first))
 

@@ -13,14 +13,14 @@ octaves, rests and values in the sizes themselves.
 
 from __future__ import annotations
 
-import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from kvtwin.sim.latency.grid import FloatArray
+from kvtwin.sim.latency.axis import Axis, FloatArray, Steps, add_corners
 from kvtwin.sim.latency.octaves import digits, octave, plain
 from kvtwin.sim.latency.work.columns import Columns
 
@@ -80,7 +80,11 @@ class ShapeBank:
             raise ValueError("every value must be finite")
         if any(len(axis) == 0 or np.any(np.diff(axis) <= 0) for axis in self.axes.values()):
             raise ValueError("every axis must be strictly increasing and not empty")
-        self._places = {name: self.place(name, axis) for name, axis in self.axes.items()}
+        self._cells = {
+            name: Axis(self.place(name, axis)) if len(axis) > 1 else None for name, axis in self.axes.items()
+        }
+        sizes = [len(axis) for axis in self.axes.values()]
+        self._strides = [math.prod(sizes[at + 1 :]) for at, size in enumerate(sizes) if size > 1]
         self._log_shapes = octave(self.shapes)
         self._shape_places = self._log_shapes if octaves else self.shapes
         self._shape_rows = self._index_shapes()
@@ -101,20 +105,17 @@ class ShapeBank:
     def _at(self, row: npt.NDArray[np.intp], columns: Columns) -> FloatArray:
         """Values of batches whose shapes are the rows of `shapes`."""
         flat = row
-        cells: list[tuple[npt.NDArray[np.intp], FloatArray, int]] = []
-        for name, place in self._places.items():
-            size = len(place)
-            flat = flat * size
-            if size == 1:
+        shares = []
+        for name, cells in self._cells.items():
+            flat = flat * len(self.axes[name])
+            if cells is None:
                 continue
-            where = self.place(name, np.asarray(columns[name], np.float64))
-            cell = np.clip(np.searchsorted(place, where, side="right") - 1, 0, size - 2)
-            share = (where - place[cell]) / (place[cell + 1] - place[cell])
-            if self.octaves:
-                share = np.clip(share, 0.0, 1.0)
-            flat = flat + cell
-            cells.append((cell, share, size))
-        return self._interpolated(flat, [share for _, share, _ in cells])
+            cell, share = cells(self.place(name, np.asarray(columns[name], np.float64)))
+            flat += cell
+            shares.append(np.clip(share, 0.0, 1.0, out=share) if self.octaves else share)
+        result = np.zeros(len(row))
+        add_corners(result, self.values.ravel(), flat, shares, self._strides)
+        return result
 
     def place(self, name: str, load: FloatArray) -> FloatArray:
         """Coordinate of a load, in which values are linear."""
@@ -122,29 +123,20 @@ class ShapeBank:
             return staircase(load, self.steps[name])
         return octave(load) if self.octaves else load
 
-    def _interpolated(self, flat: npt.NDArray[np.intp], shares: list[FloatArray]) -> FloatArray:
-        sizes = [len(axis) for axis in self.axes.values()]
-        strides = [int(np.prod(sizes[at + 1 :])) for at, size in enumerate(sizes) if size > 1]
-        table = self.values.ravel()
-        result = np.zeros(len(flat))
-        for corner in itertools.product((0, 1), repeat=len(shares)):
-            weight = np.ones(len(flat))
-            offset = 0
-            for side, share, stride in zip(corner, shares, strides, strict=True):
-                weight = weight * (share if side else 1.0 - share)
-                offset += side * stride
-            result = result + weight * table[flat + offset]
-        return result
-
     def _find(self, columns: Columns) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.bool_]]:
         """Row of `shapes` for each batch, and whether there is one."""
         n = len(next(iter(columns.values())))
+        if n > 1 and all(np.all(columns[name] == columns[name][0]) for name in self.shape_names):  # as of one model
+            one, is_known = self._find({name: columns[name][:1] for name in (*self.shape_names, *self.axes)})
+            return np.full(n, one[0]), np.full(n, is_known[0])
         row, known = np.zeros(n, np.intp), np.ones(n, np.bool_)
-        for name, (values, rows) in zip(self.shape_names, self._shape_rows, strict=True):
+        for name, (steps, rows) in zip(self.shape_names, self._shape_rows, strict=True):
             column = np.asarray(columns[name], np.float64)
-            place = np.minimum(np.searchsorted(values, column), len(values) - 1)
-            row = rows[row, place]
-            known &= (values[place] == column) & (row >= 0)
+            place = steps(column)
+            place -= place > 0
+            known &= steps.numbers.take(place) == column
+            row = rows.take(row * len(steps.numbers) + place)
+            known &= row >= 0
         return row, known
 
     def _between_shapes(self, columns: Columns) -> FloatArray:
@@ -183,7 +175,7 @@ class ShapeBank:
             rows.flat[: len(near)], weights.flat[: len(near)] = near, 1.0 / distance[near]
         return rows.ravel(), weights.ravel() / weights.sum()
 
-    def _index_shapes(self) -> list[tuple[FloatArray, npt.NDArray[np.intp]]]:
+    def _index_shapes(self) -> list[tuple[Steps, npt.NDArray[np.intp]]]:
         """For each shape column its values, and which row (after the last column: of `shapes`) they lead to.
 
         The second is an array of shape (rows so far, values): -1 where no shape goes on like this.
@@ -196,7 +188,7 @@ class ShapeBank:
             pairs, after = np.unique(row * len(values) + place.ravel(), return_inverse=True)
             after = np.arange(len(self.shapes)) if last else after.ravel()
             rows[row, place.ravel()] = after
-            found.append((values, rows))
+            found.append((Steps(values), rows))
             row, so_far = after, len(pairs)
         return found
 

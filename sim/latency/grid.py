@@ -14,7 +14,9 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-FloatArray = npt.NDArray[np.float64]
+from kvtwin.sim.latency.axis import Axis, FloatArray, add_corners
+
+__all__ = ["FloatArray", "Grid"]
 
 _POINTS_AT_ONCE: Final = 8192  # their corners fit the processor's cache
 
@@ -44,6 +46,7 @@ class Grid:
             raise ValueError("every value must be finite")
         strides = [math.prod(self.values.shape[place + 1 :]) for place in range(len(self.axes))]
         self._flat_axes = [(axis.tolist(), stride) for axis, stride in zip(self.axes, strides, strict=True)]
+        self._cells = [Axis(axis) if len(axis) > 1 else None for axis in self.axes]
         self._flat_values: list[float] = self.values.ravel().tolist()
 
     def __call__(self, *coordinates: FloatArray | npt.NDArray[np.int64]) -> FloatArray:
@@ -57,26 +60,18 @@ class Grid:
 
     def _interpolate(self, coordinates: Sequence[npt.NDArray[Any]], result: FloatArray) -> None:
         """Write the values at the points into `result`: weights and places in the order of `at`."""
-        corners: list[FloatArray] = []
-        offsets = [0]  # of each corner's place from the cell's lowest
-        base = np.zeros(len(result), dtype=np.intp)
-        for axis, (_, stride), coordinate in zip(self.axes, self._flat_axes, coordinates, strict=True):
-            if len(axis) == 1:
+        lowest = np.zeros(len(result), dtype=np.intp)
+        shares, strides = [], []
+        for axis, (_, stride), coordinate in zip(self._cells, self._flat_axes, coordinates, strict=True):
+            if axis is None:
                 continue
-            cell = axis[1:-1].searchsorted(coordinate, side="right")
-            low = axis[cell]
-            share = (coordinate - low) / (axis[cell + 1] - low)
-            rest = 1.0 - share
-            base += cell * stride
-            corners = [side * weight for weight in corners for side in (rest, share)] if corners else [rest, share]
-            offsets = [offset + step for offset in offsets for step in (0, stride)]
-        values = self.values.reshape(-1)
+            cell, share = axis(coordinate)
+            cell *= stride
+            lowest += cell
+            shares.append(share)
+            strides.append(stride)
         result[:] = 0.0
-        for weight, offset in zip(corners, offsets, strict=True) if corners else ():
-            weight *= values[offset:].take(base)
-            result += weight
-        if not corners:
-            result += values[0]
+        add_corners(result, self.values.reshape(-1), lowest, shares, strides)
 
     def at(self, *coordinates: float) -> float:
         """Interpolate at one point: what a call gives, bit for bit, many times quicker."""

@@ -14,8 +14,10 @@ def octave(values: npt.ArrayLike) -> FloatArray:
     >>> octave([0.0, 1.0, 2.0, 3.0, 7.0]).tolist()
     [0.0, 1.0, 1.5, 2.0, 3.0]
     """
-    mantissa, exponent = np.frexp(np.asarray(values, np.float64) + 1.0)
-    found: FloatArray = exponent + 2.0 * mantissa - 2.0
+    found, exponent = np.frexp(np.asarray(values, np.float64) + 1.0)
+    found *= 2.0
+    found += exponent
+    found -= 2.0
     return found
 
 

@@ -14,14 +14,14 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from kvtwin.sim.latency.grid import FloatArray
+from kvtwin.sim.latency.axis import Axis, FloatArray, add_corners
 from kvtwin.sim.latency.octaves import digits, octave, plain
 from kvtwin.sim.latency.work.columns import Columns
 
 _MIN_FACTOR: Final = 0.1
 
-# (which points of the flattened table of a part, with which weight), each of shape (n, 2) or (n, 4)
-Weights = tuple[npt.NDArray[np.intp], FloatArray]
+# Of n batches along one coordinate: index of the cell, and share of the way through it.
+Cells = tuple[npt.NDArray[np.intp], FloatArray]
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class Surface:
         self.parts = list(parts)
         if any(len(axis) < 2 or np.any(np.diff(axis) <= 0) for axis in self.axes.values()):
             raise ValueError("every axis must have two points and be strictly increasing")
+        self._cells = {name: Axis(axis) for name, axis in self.axes.items()}
         for part in self.parts:
             if part.values.shape != tuple(len(self.axes[name]) for name in part.names):
                 raise ValueError(f"values of shape {part.values.shape} do not fit the axes {', '.join(part.names)}")
@@ -55,13 +56,11 @@ class Surface:
 
     def __call__(self, found: Columns) -> FloatArray:
         """Factors of n batches from their coordinates: float64 of shape (n,)."""
-        cells = {name: cell(axis, found[name]) for name, axis in self.axes.items()}
+        cells = {name: cell(axis, found[name]) for name, axis in self._cells.items()}
         total = np.ones(len(next(iter(found.values()))))
         for part in self.parts:
-            points, weights = weights_of([cells[name] for name in part.names], part.values.shape)
-            table = part.values.ravel()
-            for column in range(points.shape[1]):
-                total = total + weights[:, column] * table[points[:, column]]
+            lowest, shares, strides = place_of([cells[name] for name in part.names], part.values.shape)
+            add_corners(total, part.values.ravel(), lowest, shares, strides)
         return np.maximum(total, _MIN_FACTOR)
 
     @classmethod
@@ -78,20 +77,21 @@ class Surface:
         }
 
 
-def cell(axis: FloatArray, values: FloatArray) -> tuple[npt.NDArray[np.intp], FloatArray]:
+def cell(axis: Axis, values: FloatArray) -> Cells:
     """Index of the point at or below each value, in octaves, and the share of the way to the next one (0 to 1)."""
-    where = np.clip(octave(values), axis[0], axis[-1])
-    low = np.clip(np.searchsorted(axis, where, side="right") - 1, 0, len(axis) - 2)
-    return low, (where - axis[low]) / (axis[low + 1] - axis[low])
+    where = octave(values)
+    return axis(np.clip(where, axis.points[0], axis.points[-1], out=where))
 
 
-def weights_of(cells: Sequence[tuple[npt.NDArray[np.intp], FloatArray]], shape: Sequence[int]) -> Weights:
-    """Points of a part's flattened table around each batch, and their weights."""
-    points, weights = np.zeros((len(cells[0][0]), 1), np.intp), np.ones((len(cells[0][0]), 1))
-    for (low, share), size in zip(cells, shape, strict=True):
-        points = np.concatenate([points * size + low[:, None], points * size + low[:, None] + 1], axis=1)
-        weights = np.concatenate([weights * (1.0 - share)[:, None], weights * share[:, None]], axis=1)
-    return points, weights
+def place_of(cells: Sequence[Cells], shape: Sequence[int]) -> tuple[npt.NDArray[np.intp], list[FloatArray], list[int]]:
+    """Where batches lie in a part's flattened table: lowest corners, shares and strides of `corners`, last axis first."""
+    lowest, shares, strides, stride = np.zeros(len(cells[0][0]), np.intp), [], [], 1
+    for (low, share), size in zip(reversed(cells), reversed(shape), strict=True):
+        lowest += low * stride
+        shares.append(share)
+        strides.append(stride)
+        stride *= size
+    return lowest, shares, strides
 
 
 # By `OpSamples.work`: the pairs of coordinates that have a table together.

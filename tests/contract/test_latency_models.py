@@ -54,6 +54,15 @@ def test_every_model_of_a_profile_is_held_to_the_contract() -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
+def test_a_batch_takes_as_long_among_thousands_as_alone(name: str) -> None:
+    rng = np.random.default_rng(0)
+    members = [(rng.integers(0, 20_000, 3).tolist(), rng.choice([1, 1, 1, 70, 900], 3).tolist()) for _ in range(500)]
+    few = BatchStats(np.array([batch_row(*pairs) for pairs in members], np.int64))
+    alone = np.concatenate([MODELS[name].step_ns(few[at : at + 1], 0) for at in range(500)])
+    assert np.array_equal(MODELS[name].step_ns(BatchStats(np.tile(few.table, (40, 1))), 0), np.tile(alone, 40))
+
+
+@pytest.mark.parametrize("name", MODELS)
 @given(st.lists(members, min_size=2, max_size=6))
 def test_a_batchs_time_is_a_positive_integer_and_its_own(name: str, batches: list[list[tuple[int, int]]]) -> None:
     model = MODELS[name]
