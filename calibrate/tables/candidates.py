@@ -26,6 +26,7 @@ from kvtwin.sim.latency.bank import ShapeBank
 from kvtwin.sim.latency.coordinates import COORDINATES
 from kvtwin.sim.latency.grid import FloatArray
 from kvtwin.sim.latency.operators import OperatorModel
+from kvtwin.sim.latency.repeats import numbered, rows_of
 from kvtwin.sim.latency.surface import PAIRS
 from kvtwin.sim.latency.work.columns import Columns, pooled
 from kvtwin.traces.readers.optable import OpSamples
@@ -63,6 +64,7 @@ class _Fitted:
     """What candidates share: the fitted model, once there is one."""
 
     model_: OperatorModel
+    _fitted: tuple[OpSamples, FloatArray] | None = None
 
     def to_model(self) -> OperatorModel:
         """See `Candidate`."""
@@ -73,6 +75,12 @@ class _Fitted:
     def time_us(self, columns: Columns) -> FloatArray:
         """See `Candidate`."""
         return self.to_model().time_us(columns)
+
+    def fitted_us(self, samples: OpSamples) -> FloatArray:
+        """Times of the samples that it was fitted to, computed once for all that stands on it."""
+        if self._fitted is None or self._fitted[0] is not samples:
+            self._fitted = samples, self.time_us(samples.columns)
+        return self._fitted[1]
 
 
 class Linear(_Fitted):
@@ -129,12 +137,14 @@ class _Factored(_Fitted, ABC):
         """See `Candidate`."""
         base = self.base.to_model()
         coordinates = COORDINATES[samples.work](_all_columns(samples), base.slots)
-        self.model_ = self._times_factor(base, samples, coordinates)
+        self.model_ = self._times_factor(base, self.base.fitted_us(samples), samples, coordinates)
         return self
 
     @abstractmethod
-    def _times_factor(self, base: OperatorModel, samples: OpSamples, coordinates: Columns) -> OperatorModel:
-        """The base with its factor."""
+    def _times_factor(
+        self, base: OperatorModel, base_us: FloatArray, samples: OpSamples, coordinates: Columns
+    ) -> OperatorModel:
+        """The base, which says `base_us`, with its factor."""
 
 
 class Surfaced(_Factored):
@@ -142,9 +152,10 @@ class Surfaced(_Factored):
 
     name = "surface"
 
-    def _times_factor(self, base: OperatorModel, samples: OpSamples, coordinates: Columns) -> OperatorModel:
-        ratio = base.time_us(samples.columns) / samples.time_us
-        return replace(base, surface=fit_surface(samples.work, coordinates, ratio))
+    def _times_factor(
+        self, base: OperatorModel, base_us: FloatArray, samples: OpSamples, coordinates: Columns
+    ) -> OperatorModel:
+        return replace(base, surface=fit_surface(samples.work, coordinates, base_us / samples.time_us))
 
 
 class Forested(_Factored):
@@ -152,8 +163,10 @@ class Forested(_Factored):
 
     name = "forest"
 
-    def _times_factor(self, base: OperatorModel, samples: OpSamples, coordinates: Columns) -> OperatorModel:
-        return replace(base, forest=fit_forest(coordinates, samples.time_us / base.time_us(samples.columns)))
+    def _times_factor(
+        self, base: OperatorModel, base_us: FloatArray, samples: OpSamples, coordinates: Columns
+    ) -> OperatorModel:
+        return replace(base, forest=fit_forest(coordinates, samples.time_us / base_us))
 
 
 class Pooled(_Fitted):
@@ -176,7 +189,7 @@ class Pooled(_Fitted):
         shape = {"group": load.pop("group")}
         # With one key-value head engines run other kernels around attention: it counts where nothing else is known.
         weights = np.where(samples.columns["num_key_value_heads"] > 1, 1.0, _SINGLE_HEAD)
-        rest = samples.time_us - base.time_us(samples.columns)
+        rest = samples.time_us - self.base.fitted_us(samples)
         self.model_ = replace(base, pool=fill_bank(shape, load, rest, octaves=False, weights=weights))
         return self
 
@@ -208,8 +221,8 @@ class _OnBase(_Fitted, ABC):
 
     def fit(self, samples: OpSamples) -> Self:
         """See `Candidate`."""
-        base = (self.base or Trend(self.slots).fit(samples)).to_model()
-        self.model_ = replace(base, bank=self._bank(samples, base.time_us(samples.columns)))
+        base = self.base or Trend(self.slots).fit(samples)
+        self.model_ = replace(base.to_model(), bank=self._bank(samples, base.fitted_us(samples)))
         return self
 
     @abstractmethod
@@ -307,12 +320,12 @@ def is_grid(samples: OpSamples) -> bool:
     """Whether the rows lie on grids: few cells for each row. Batches of uneven lengths are scattered instead."""
     cells = 1
     for values in samples.load.values():
-        cells *= len(np.unique(values))
+        cells *= len(numbered(values)[0])
     return cells * _num_shapes(samples) <= _CELLS_PER_ROW * len(samples)
 
 
 def _num_shapes(samples: OpSamples) -> int:
-    return len(np.unique(np.column_stack(list(samples.shape.values())), axis=0)) if samples.shape else 1
+    return len(rows_of(map(numbered, samples.shape.values()))[0]) if samples.shape else 1
 
 
 def _stepped(name: str, tiles: Sequence[float]) -> str:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from kvtwin.sim.latency.bank import ShapeBank
 from kvtwin.sim.latency.grid import FloatArray
 from kvtwin.sim.latency.octaves import octave
+from kvtwin.sim.latency.repeats import numbered, rows_of
 
 _MIN_RATIO: Final = 1e-6
 
@@ -32,13 +33,13 @@ def fill_bank(
     names = tuple(shape)
     shapes, group = np.zeros((1, 0)), np.zeros(len(values), np.intp)
     if names:
-        found, group = np.unique(np.column_stack(list(shape.values())), axis=0, return_inverse=True)
-        shapes = found.astype(np.float64)
-    places, axes = [group.ravel()], {}
+        where, group = rows_of(map(numbered, shape.values()))
+        shapes = np.column_stack([column[where] for column in shape.values()]).astype(np.float64)
+    places, axes = [group], {}
     for name, column in load.items():
-        axis, place = np.unique(column, return_inverse=True)
+        axis, place = numbered(column)
         axes[name] = axis.astype(np.float64)
-        places.append(place.ravel())
+        places.append(place)
     size = (len(shapes), *(len(axis) for axis in axes.values()))
     flat = np.ravel_multi_index(tuple(places), size)
     weight = np.ones(len(values)) if weights is None else weights

@@ -125,7 +125,8 @@ def _gain(below: FloatArray, rows: _Index, total: FloatArray, count: _Index) -> 
 def _medians(leaf: _Index, errors: FloatArray) -> FloatArray:
     """Median error of each leaf's rows, less where they are few."""
     size = 1 << _DEPTH
-    ordered = errors[np.lexsort((errors, leaf))]
+    order = errors.argsort()
+    ordered = errors[order[leaf[order].astype(np.uint8).argsort(kind="stable")]]
     count = np.bincount(leaf, minlength=size)
     first = np.cumsum(count) - count
     low, high = (np.minimum(first + half, len(errors) - 1) for half in (np.maximum(count - 1, 0) // 2, count // 2))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 
 import numpy as np
+import numpy.typing as npt
 
 from kvtwin.sim.latency.grid import FloatArray
 
@@ -18,8 +20,9 @@ def relative_nnls(
     """
     from scipy.optimize import nnls
 
-    shown = {name: values for name, values in found.items() if np.any(values)}
-    names, matrix = list(shown), np.array(list(shown.values())) / time_us
+    matrix = np.array(list(found.values()))
+    shown: npt.NDArray[np.bool_] = matrix.any(axis=1)
+    names, matrix = list(itertools.compress(found, shown)), matrix[shown] / time_us
     scale = np.abs(matrix).max(axis=1)
     # The normal equations keep the problem at the number of terms, whatever the number of rows.
     scaled = matrix / scale[:, None]

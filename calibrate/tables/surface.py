@@ -62,7 +62,8 @@ def _penalised(design: Any, target: FloatArray, rough: Any, weights: FloatArray)
     weighted = design.multiply(weights[:, None]).tocsr()
     normal = (design.T @ weighted).toarray(order="F")  # the rest in place: it is the largest array of a calibration
     normal[rough.row, rough.col] += rough.data
-    found: FloatArray = cho_solve(cho_factor(normal, overwrite_a=True), weighted.T @ target)
+    factor = cho_factor(normal, overwrite_a=True, check_finite=False)
+    found: FloatArray = cho_solve(factor, weighted.T @ target, check_finite=False)
     return found
 
 

@@ -18,7 +18,7 @@ from kvtwin.sim.latency.axis import Steps
 from kvtwin.sim.latency.bank import ShapeBank, staircase
 from kvtwin.sim.latency.octaves import octave
 from kvtwin.sim.latency.operators import Scale
-from kvtwin.sim.latency.repeats import distinct
+from kvtwin.sim.latency.repeats import distinct, numbered, rows_of
 from kvtwin.sim.latency.surface import Part, Surface
 from kvtwin.traces.readers.optable import OpSamples, plain_samples
 
@@ -142,3 +142,14 @@ def test_distinct_rows_are_the_rows(rows: list[tuple[int, float]], whole: bool) 
         different, places = found
         assert len({*zip(*(values.tolist() for values in different.values()), strict=True)}) == different["first"].size
         assert all(np.array_equal(values[places], columns[name]) for name, values in different.items())
+
+
+@given(st.lists(st.tuples(st.integers(-9, 40), st.sampled_from([0.5, 1.0, 2.0, 9e15])), min_size=1, max_size=200))
+def test_rows_are_numbered_in_their_order(rows: list[tuple[int, float]]) -> None:
+    columns = [np.array(values) for values in zip(*rows, strict=True)]
+    for values in columns:
+        found, places = np.unique(values, return_inverse=True)
+        assert [numbers.tolist() for numbers in numbered(values)] == [found.tolist(), places.tolist()]
+    different, numbers = np.unique(np.column_stack(columns), axis=0, return_inverse=True)
+    where, places = rows_of(map(numbered, columns))
+    assert np.array_equal(np.column_stack(columns)[where], different) and places.tolist() == numbers.ravel().tolist()
