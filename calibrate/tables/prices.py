@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 
 import numpy as np
-import numpy.typing as npt
 
 from kvtwin.sim.latency.grid import FloatArray
 
@@ -21,8 +19,8 @@ def relative_nnls(
     from scipy.optimize import nnls
 
     matrix = np.array(list(found.values()))
-    shown: npt.NDArray[np.bool_] = matrix.any(axis=1)
-    names, matrix = list(itertools.compress(found, shown)), matrix[shown] / time_us
+    shown = np.flatnonzero(matrix.any(axis=1))
+    names, matrix = np.array(list(found))[shown].tolist(), matrix[shown] / time_us
     scale = np.abs(matrix).max(axis=1)
     # The normal equations keep the problem at the number of terms, whatever the number of rows.
     scaled = matrix / scale[:, None]
