@@ -15,14 +15,24 @@ def agreed_facts(runs: Sequence[Run]) -> dict[str, Any]:
     Runs that say nothing are taken to agree.
 
     Raises:
-        InputError: no run, or two that differ: an engine version, a model or a hardware is never averaged over.
+        InputError: no run, or two that differ: an engine version, a model or a hardware is never averaged over; or one
+            given twice, which would judge a fit on what it has seen.
     """
     if not runs:
         raise InputError("no recording to calibrate on: at least one run is needed")
+    _refuse_copies(runs)
     facts = {name: _agreed(runs, [getattr(run.info, name) for run in runs], name) for name in _HEAD}
     name = "tensor_parallel_size"
     sizes = [run.info.engine_config.get(name) for run in runs]
     return {**facts, name: int(_agreed(runs, sizes, name) or 1)}
+
+
+def _refuse_copies(runs: Sequence[Run]) -> None:
+    for row, run in enumerate(runs):
+        for other in runs[:row]:
+            if run.requests.equals(other.requests) and (not run.has("steps") or run.steps.equals(other.steps)):
+                problem = f"the same recording as {place_of(other) or 'another one'}: errors would be of steps it was fitted on"
+                raise InputError(problem, path=place_of(run))
 
 
 _HEAD = ("hardware", "model", "engine")

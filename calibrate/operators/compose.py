@@ -18,7 +18,7 @@ from kvtwin.calibrate.models import ModelSpec
 from kvtwin.calibrate.operators.fits import OperatorFits
 from kvtwin.calibrate.operators.recipes import Dense, Recipe, recipe_for
 from kvtwin.calibrate.prefills import several_prefills
-from kvtwin.calibrate.tables.calibrate import Fitted, accuracy_of, only_engine, only_fact
+from kvtwin.calibrate.tables.calibrate import Fitted, accuracy_of, hardware_of, only_engine
 from kvtwin.sim.latency.composed import ComposedLatency
 from kvtwin.sim.latency.grid import FloatArray, Grid
 from kvtwin.sim.latency.profile import Profile
@@ -51,7 +51,7 @@ def compose_tables(
     Raises:
         InputError: an operator is missing, a choice between kinds of times is open, or see `OperatorFits`.
     """
-    device = hardware or only_fact(tables, "hardware")
+    device = hardware_of(tables, hardware)
     fits = OperatorFits(tables, model, tensor_parallel_size, device, progress)
     recipe = recipe_for(model, tensor_parallel_size, fits.ops)
     fits.fit(recipe.operators(tensor_parallel_size))

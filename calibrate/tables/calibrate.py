@@ -54,7 +54,7 @@ def calibrate_tables(
         InputError: see `checks.prepare`; or two GPUs or engine versions among the tables.
     """
     checked = [prepare(table) for table in tables]
-    device = hardware or only_fact(tables, "hardware")
+    device = hardware_of(tables, hardware)
     engine = only_engine(tables)
     fitted: list[Fitted] = []
     small: list[str] = []
@@ -135,6 +135,14 @@ def _described(found: Fitted) -> dict[str, Any]:
         "noise_floor": floor_of(samples),
         "domain": domain,
     }
+
+
+def hardware_of(tables: Sequence[OpTable], said: str | None) -> str | None:
+    """The tables' GPU, as said or as the files have it. Raises InputError where they have another."""
+    found = only_fact(tables, "hardware")
+    if said and found and said != found and (gpu_spec(said) is None or gpu_spec(said) != gpu_spec(found)):
+        raise InputError(f"--hardware {said}: the table is of {found}", path=tables[0].path)
+    return said or found
 
 
 def only_fact(tables: Sequence[OpTable], name: str) -> str | None:

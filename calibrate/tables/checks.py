@@ -1,4 +1,4 @@
-"""What a table must be before it is fitted: one engine version, enough rows, plausible units; and doubtful rows named.
+"""What a table must be before it is fitted: one engine version, enough rows, plausible units.
 
 A wrong unit is off by a thousand, a wrong model by a factor: the bounds leave a decade of room on both sides.
 """
@@ -10,18 +10,15 @@ from dataclasses import replace
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
 from kvtwin.calibrate.models import MODELS
-from kvtwin.calibrate.tables.dominance import num_below
+from kvtwin.calibrate.tables.suspects import faster_than_smallest, with_suspects
 from kvtwin.calibrate.tables.timer import timer_step_us
 from kvtwin.sim.latency.work.columns import context_of_each
 from kvtwin.traces.errors import InputError
 from kvtwin.traces.readers.optable import FloatArray, OpSamples, OpTable
 
 MIN_ROWS: Final = 8  # of one operator under one key: fewer leave nothing to hold out
-_FASTER_THAN_SMALLEST: Final = 0.75
-_FEW: Final = 5
 _WITH_HEADS: Final = ("prefill_attention", "decode_attention", "mixed_attention", "uneven_decode", "uneven_mixed")
 
 # Multiply-adds per microsecond of the fastest device (NVL72's share in 4 bits is 15e15 operations/s) and of a slow core.
@@ -30,11 +27,11 @@ _LEAST_PRODUCTS_PER_US: Final = 2e4
 # Keys (one per sequence, position and key-value head; 256 bytes or more) read per microsecond, from cache at best.
 _MOST_KEYS_PER_US: Final = 4e5
 _LEAST_KEYS_PER_US: Final = 0.2
-# The shortest time of any kernel in a table: a launch takes about 1 us on a GPU, and the smallest batch little more (24 us
-# is the most seen). Modules are many kernels.
+# Bounds of the shortest time of any kernel in a table: a launch takes about 1 us on a GPU, and the smallest batch little
+# more (24 us is the most seen). A linear operator alone may read a gigabyte of weights (lm_head).
 _SHORTEST_US: Final = (0.05, 500.0)
-_SHORTEST_MODULE_US: Final = (0.05, 50_000.0)
-# The shortest step of a whole model.
+_SHORTEST_ALONE_US: Final = (0.05, 50_000.0)
+# The shortest step of a whole model, for each kind of step.
 _SHORTEST_STEP_US: Final = (200.0, 10e6)
 
 
@@ -61,11 +58,7 @@ def prepare_test(table: OpTable) -> OpTable:
     samples = [_with_heads(sample, table) for sample in table.samples]
     _require_plausible(table, samples)
     samples = _with_timer_step([_with_usual_heads(sample) for sample in samples])
-    samples = [
-        replace(sample, suspect=sample.suspect | faster_than_smallest(sample) | faster_than_less(sample))
-        for sample in samples
-    ]
-    return replace(table, samples=samples)
+    return replace(table, samples=[with_suspects(sample) for sample in samples])
 
 
 def too_small(table: OpTable) -> list[str]:
@@ -113,73 +106,18 @@ def _with_usual_heads(sample: OpSamples) -> OpSamples:
     return replace(sample, constants={**sample.constants, "num_heads": 64.0, "num_key_value_heads": 16.0})
 
 
-def faster_than_smallest(sample: OpSamples) -> npt.NDArray[np.bool_]:
-    """Attention rows that take less than 3/4 of the time of their shape's smallest load: no more work can be faster.
-
-    (LLMServingSim v0 has 283 such decodes in each table: less than one token of context for each.)
-    """
-    found = np.zeros(len(sample), np.bool_)
-    if sample.work not in ("prefill_attention", "decode_attention") or not len(sample):
-        return found
-    rank: FloatArray = sum(
-        (np.log2(1.0 + np.asarray(values, np.float64)) for values in sample.load.values()), np.zeros(len(sample))
-    )
-    if sample.shape:
-        _, group = np.unique(np.column_stack(list(sample.shape.values())), axis=0, return_inverse=True)
-    else:
-        group = np.zeros(len(sample), np.intp)
-    for index in range(int(group.max()) + 1):
-        here = np.flatnonzero(group.ravel() == index)
-        first = here[np.argsort(rank[here], kind="stable")[:_FEW]]
-        floor = min(float(sample.time_us[first[0]]), float(np.median(sample.time_us[first])))
-        found[here] = sample.time_us[here] < _FASTER_THAN_SMALLEST * floor
-    return found
-
-
-def faster_than_less(sample: OpSamples) -> npt.NDArray[np.bool_]:
-    """Rows of whole steps that take less than 3/4 of the time of a step with no more of any load.
-
-    Medians of repeats are compared. The batch that contradicts most others is doubted, then of the rest the one that
-    contradicts most others, and so on: one step that is too slow does not cast doubt on all larger ones. (Splitwise: 64
-    prompts on two GPUs, 0.8 s, where 16 take 3.2 s and 32 take 6.6 s.)
-    """
-    if not sample.work.endswith("_step"):
-        return np.zeros(len(sample), np.bool_)
-    loads, index = np.unique(np.column_stack(list(sample.load.values())), axis=0, return_inverse=True)
-    index = index.ravel()
-    time_us = _median_of_each(sample.time_us, index)
-    least_us = _FASTER_THAN_SMALLEST * time_us  # of any batch with no less of anything
-    beyond = np.nextafter(time_us, np.inf)  # so that what is equal is not counted
-    num_others = num_below(
-        np.column_stack([loads, np.nextafter(-least_us, np.inf)]), np.column_stack([loads, -time_us])
-    )
-    num_others += num_below(np.column_stack([-loads, beyond]), np.column_stack([-loads, least_us]))
-    doubted = np.zeros(len(loads), np.bool_)
-    while num_others.any():
-        worst = int(np.argmax(num_others))
-        is_more, is_less = np.all(loads >= loads[worst], axis=1), np.all(loads <= loads[worst], axis=1)
-        apart = (is_more & (time_us < least_us[worst])) | (is_less & (time_us[worst] < least_us))
-        num_others[apart & ~doubted] -= 1
-        num_others[worst] = 0
-        doubted[worst] = True
-    return doubted[index]
-
-
-def _median_of_each(values: FloatArray, index: npt.NDArray[np.intp]) -> FloatArray:
-    """Median of the values with each index, 0 to the largest."""
-    ordered = values[np.lexsort((values, index))]
-    end = np.cumsum(np.bincount(index))
-    first = np.concatenate([[0], end[:-1]])
-    middle: FloatArray = (ordered[(first + end - 1) // 2] + ordered[(first + end) // 2]) / 2
-    return middle
-
-
 def _require_plausible(table: OpTable, samples: Sequence[OpSamples]) -> None:
-    kinds = {"step": _SHORTEST_STEP_US, "module": _SHORTEST_MODULE_US, "kernel": _SHORTEST_US}
-    for kind, (low, high) in kinds.items():
-        times = [float(sample.time_us.min()) for sample in samples if _kind(sample) == kind]
-        if times and not low <= min(times) <= high:
-            raise _wrong_unit(table, f"the shortest {kind} takes {min(times):,.4g} us", min(times) > high)
+    kernels: dict[str, float] = {}  # operators: their shortest times
+    for sample in samples:
+        shortest, kind = float(sample.time_us.min()), _kind(sample)
+        if kind == "kernel":
+            kernels[sample.op] = min(shortest, kernels.get(sample.op, np.inf))
+        else:  # modules are many kernels
+            _require_shortest(table, kind, shortest, _SHORTEST_STEP_US if kind == "step" else _SHORTEST_ALONE_US)
+    if kernels:
+        may_be_weights = len(kernels) == 1 and all(sample.work == "tokens" for sample in samples)
+        bounds = _SHORTEST_ALONE_US if may_be_weights else _SHORTEST_US
+        _require_shortest(table, "kernel", min(kernels.values()), bounds)
     for sample in samples:
         work, (least, most), unit = _amount(sample)
         if work is None:
@@ -187,6 +125,11 @@ def _require_plausible(table: OpTable, samples: Sequence[OpSamples]) -> None:
         rate = float(np.quantile(work / sample.time_us, 0.99))
         if not least <= rate <= most:
             raise _wrong_unit(table, f"{sample.op}: {rate:,.3g} {unit} per microsecond at best", rate < least)
+
+
+def _require_shortest(table: OpTable, kind: str, time_us: float, bounds: tuple[float, float]) -> None:
+    if not bounds[0] <= time_us <= bounds[1]:
+        raise _wrong_unit(table, f"the shortest {kind} takes {time_us:,.4g} us", time_us > bounds[1])
 
 
 def _kind(sample: OpSamples) -> str:

@@ -78,6 +78,8 @@ def floor_of(samples: OpSamples) -> float | None:
     spread = np.where(np.isfinite(samples.spread), samples.spread, np.nan)
     if np.isnan(spread).all():
         spread = _between_repeats(samples)
+        if not np.nansum(spread) > 0:  # none, or copies of rows: they say nothing
+            spread[:] = np.nan
     if np.isnan(spread).all():
         if not samples.resolution_us:
             return None

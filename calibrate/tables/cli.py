@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 KIND: Final = "operators"
 OPTIONS: Final = ("filter", "hardware", "reference", "num_samples")
 _PROGRESS_AFTER_S: Final = 1.0
+_LEGEND: Final = (
+    "MAPE ... p99: of rows whose value on the axis was left out, with all their rows, between values that stayed;",
+    "floor: what repeats of one batch, or the timer's step, show; outside: MAPE beyond the values that stayed;",
+    "linear, nearest, OLS: MAPE of naive fits on the same rows",
+)
 
 
 def add_options(group: argparse._ArgumentGroup) -> None:
@@ -58,6 +63,7 @@ def from_tables(args: argparse.Namespace) -> Profile:
     from kvtwin.sim.latency.profile import read_profile
     from kvtwin.traces.readers.op_tables import read_op_table
 
+    _refuse_twice(args.samples)
     wanted = filters(args.filter or [])
     tables: list[OpTable] = [read_op_table(path).only(wanted) for path in args.samples]
     tests = [read_op_table(path).only(wanted) for path in args.test]
@@ -87,6 +93,7 @@ def composed(args: argparse.Namespace) -> Profile:
     degree = 1 if args.tensor_parallel_size is None else args.tensor_parallel_size
     if degree < 1:
         raise InputError(f"--tensor-parallel-size {degree}: at least 1 expected")
+    _refuse_twice(args.samples)
     model, wanted = read_model(args.model), filters(args.filter or [])
     read = [read_op_table(path) for path in args.samples]
     with stage_bar(len(read), "operator") as tell:
@@ -97,6 +104,13 @@ def composed(args: argparse.Namespace) -> Profile:
             hardware=args.hardware,
             progress=tell,
         )
+
+
+def _refuse_twice(paths: Sequence[Path]) -> None:
+    places = [path.resolve() for path in paths]
+    for path, place in zip(paths, places, strict=True):
+        if places.count(place) > 1:
+            raise InputError("given twice: its rows would count as repeats", path=path)
 
 
 def _filtered(tables: Sequence[OpTable], wanted: Mapping[str, str]) -> list[OpTable]:
@@ -127,6 +141,8 @@ def filters(texts: Sequence[str]) -> dict[str, str]:
 
 def as_text(profile: Profile) -> str:
     """Held-out errors as an aligned table, and what else to know before using the profile."""
+    from kvtwin.calibrate.gpus import gpu_spec
+
     what = ", ".join(filter(None, (profile.engine, profile.model, profile.hardware)))
     width = max(map(len, profile.accuracy), default=0)
     lines = [f"operators of {what or 'an unnamed engine'}", ""]
@@ -135,8 +151,12 @@ def as_text(profile: Profile) -> str:
         f"{'floor':>6} {'outside':>8} | {'linear':>7} {'nearest':>8} {'OLS':>8}"
     )
     lines += [f"{name:{width}} {_row(found)}" for name, found in profile.accuracy.items()]
+    lines += ["", *_LEGEND] if profile.accuracy else []
+    if profile.hardware and gpu_spec(profile.hardware) is None:
+        lines.append(
+            f"{profile.hardware}: no GPU that is known here; how many thread blocks it runs at once was searched"
+        )
     provenance = profile.provenance
-    lines += [""] if provenance.get("models") or provenance.get("learning") else []
     models = [entry["model"] for entry in provenance.get("models", ())]
     if models:
         counts = {name: models.count(name) for name in dict.fromkeys(models)}

@@ -185,3 +185,13 @@ def test_what_does_not_go_together_is_refused(
     for words, given in cases.items():
         assert words in refusal(capsys, *given)
         assert not output.exists()
+
+
+def test_a_recording_given_twice_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Left out once, it would be judged by a fit that has seen its copy."""
+    output = tmp_path / "profile.json"
+    assert "the same recording as" in refusal(capsys, SWEEPS[0], SWEEPS[0], "-o", str(output))
+    assert "the same recording as" in refusal(capsys, *SWEEPS, "--test", SWEEPS[0], "-o", str(output))
+    words = (SWEEPS[0], SWEEPS[0], "--from", "requests", "-o", str(output))
+    assert "the same recording as" in refusal(capsys, *words)
+    assert not output.exists()

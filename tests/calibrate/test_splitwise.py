@@ -12,9 +12,10 @@ import pytest
 
 from kvtwin.calibrate.tables.calibrate import fit_samples
 from kvtwin.calibrate.tables.candidates import Trend
-from kvtwin.calibrate.tables.checks import faster_than_less, prepare
+from kvtwin.calibrate.tables.checks import prepare
 from kvtwin.calibrate.tables.choice import choose
 from kvtwin.calibrate.tables.holdout import HeldOut
+from kvtwin.calibrate.tables.suspects import faster_than_less
 from kvtwin.traces.readers.op_tables import read_op_table
 from kvtwin.traces.readers.optable import OpSamples
 

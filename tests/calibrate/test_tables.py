@@ -12,11 +12,12 @@ import numpy.typing as npt
 import pytest
 
 from kvtwin.calibrate.tables.calibrate import calibrate_tables, fit_samples
-from kvtwin.calibrate.tables.checks import faster_than_smallest, prepare
+from kvtwin.calibrate.tables.checks import prepare
 from kvtwin.calibrate.tables.choice import choose, floor_of
 from kvtwin.calibrate.tables.holdout import folds, hold_out
 from kvtwin.calibrate.tables.judge import judge_table
 from kvtwin.calibrate.tables.scale import fit_scales, scale_profile
+from kvtwin.calibrate.tables.suspects import faster_than_smallest, stands_out
 from kvtwin.sim.latency.profile import read_profile
 from kvtwin.traces.errors import InputError
 from kvtwin.traces.readers.optable import OpSamples, OpTable
@@ -143,6 +144,35 @@ def test_a_wrong_unit_is_refused(factor: float, remedy: str, table_of: Table, ge
         table = table_of(replace(samples, time_us=samples.time_us * factor))
         with pytest.raises(InputError, match=f"unit looks wrong.*{remedy}"):
             prepare(table)
+
+
+def test_an_operator_that_reads_a_gigabyte_of_weights_is_no_wrong_unit(samples_of: Samples, table_of: Table) -> None:
+    tokens = np.arange(1.0, 40.0)
+    head = samples_of("tokens", {"num_tokens": tokens}, 680 + tokens)
+    assert len(prepare(table_of(head)).samples) == 1
+    with pytest.raises(InputError, match="divide the times by 1000"):
+        prepare(table_of(replace(head, time_us=1000 * head.time_us)))
+
+
+@pytest.mark.parametrize("row", [0, 1, 57, 99])
+@pytest.mark.parametrize("factor", [1e-3, 100.0, 1e300])
+def test_a_row_in_another_unit_is_suspect_and_its_neighbours_are_not(
+    row: int, factor: float, samples_of: Samples
+) -> None:
+    """Times grow by up to the square of a load; ends of a line and corners of a grid count as well."""
+    num_decode, context = (
+        values.ravel() for values in np.meshgrid([1, 2, 4, 8, 16, 32, 64, 96, 128, 256], np.geomspace(64, 4096, 10))
+    )
+    time_us = 4.0 + 1e-4 * num_decode * context
+    samples = samples_of("decode_attention", {"num_decode": num_decode, "context": context}, time_us)
+    assert not stands_out(samples).any()
+    time_us = np.where(np.arange(100) == row, factor * time_us, time_us)
+    assert np.flatnonzero(stands_out(replace(samples, time_us=time_us))).tolist() == [row]
+
+
+def test_copied_rows_are_no_repeats(samples_of: Samples) -> None:
+    tokens = np.arange(1.0, 40.0).repeat(2)
+    assert floor_of(samples_of("tokens", {"num_tokens": tokens}, 5 + tokens)) is None
 
 
 def test_rows_faster_than_the_smallest_batch_are_named_not_fitted(table_of: Table, decode: Samples) -> None:

@@ -89,6 +89,8 @@ def test_a_new_gpu_from_a_reference(tmp_path: Path, capsys: pytest.CaptureFixtur
         (["{gemm}", "--reference", "{gemm}"], "not readable as JSON"),
         (["{gemm}", "{slow}"], "hardware is 'slow', but 'NVIDIA H100 80GB HBM3' in gemm.parquet"),
         (["{gemm}", "{new}"], "engine version 'vllm 0.25.0', but 'vllm 0.24.0' in gemm.parquet"),
+        (["{gemm}", "{gemm}"], "given twice"),
+        (["{gemm}", "--hardware", "A100"], "--hardware A100: the table is of NVIDIA H100 80GB HBM3"),
         (["{unit}"], "the unit looks wrong"),
         (["{none}"], "no such file"),
         (["{text}"], "not a table of times that kvtwin reads"),

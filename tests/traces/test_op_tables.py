@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import re
 from pathlib import Path
 from typing import Any
 
@@ -218,7 +219,7 @@ def test_the_decodes_of_llmservingsim_v0_share_their_context(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("text", "old", "new", "words"),
     [
-        (ATTENTION, "9.5", "nan", "row 2, time_us: nan: a positive, finite time expected"),
+        (ATTENTION, "9.5", "nan", "row 2, time_us: empty or nan: a positive, finite time expected"),
         (ATTENTION, "9.5", "0", "row 2, time_us: 0.0: a positive, finite time"),
         (ATTENTION, "9.5", "-9.5", "row 2, time_us: -9.5: a positive, finite time"),
         (ATTENTION, "9.5", "fast", "row 2, time_us: 'fast' is not a number"),
@@ -227,8 +228,8 @@ def test_the_decodes_of_llmservingsim_v0_share_their_context(tmp_path: Path) -> 
         (ATTENTION, "64,0,0,0", "-64,0,0,0", "row 3, prefill_chunk: -64.0: a count expected"),
         (ATTENTION, "kv_decode", "kv", "kv_decode: column is missing"),
         (ATTENTION, "128,9.5", "128", "not CSV"),
-        (LAYERS, "2650", "", "row 3, latency.ns.: nan: a positive, finite time"),
-        (LAYERS, "latency(ns)", "latency", "not a table of times that kvtwin reads; known: aiconfigurator"),
+        (LAYERS, "2650", "", "row 3, latency.ns.: empty or nan: a positive, finite time"),
+        (LAYERS, "latency(ns)", "latency", "looks like a table of llmservingsim_v0, but has no column latency"),
         (SPLITWISE, "54.5", "inf", "row 2, token_time: inf: a positive, finite time"),
         (SPLITWISE, "e2e_time", "token_time", "token_time: column occurs twice"),
         (VIDUR, "0.005,0.0001", "0,0.0001", r"row 2, time_stats.emb.median: 0.0: a positive, finite time"),
@@ -244,7 +245,7 @@ def test_a_bad_cell_is_named_with_its_row_and_column(tmp_path: Path, text: str, 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"latency": float("nan")}, "row 1, latency: nan: a positive, finite time expected"),
+        ({"latency": float("nan")}, "row 1, latency: empty or nan: a positive, finite time expected"),
         ({"latency": -1.0}, "row 1, latency: -1.0: a positive, finite time"),
         ({"m": -8}, "row 1, m: -8.0: a count expected"),
         ({"op_name": "gemm2"}, "op_name: holds 'gemm', 'gemm2': one per file expected"),
@@ -278,6 +279,27 @@ def test_files_that_are_no_tables(tmp_path: Path) -> None:
         read_op_table(tmp_path / "cut.parquet")
     with pytest.raises(InputError, match="op_name 'conv' is unknown"):
         read_op_table(parquet(tmp_path / "conv.parquet", [{**GEMM, "op_name": "conv"}]))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("layer;tokens;time_us\nqkv;1;2,5\n", "columns are separated by semicolons"),
+        ("layer\ttokens\ttime_us\nqkv\t1\t2.5\n", "columns are separated by tabs"),
+        ("", "the first line is empty"),
+        ("\n\n", "the first line is empty"),
+        ("layer,tokens\nqkv,1\n", "looks like a table of llmservingsim_tables, but has no column time_us"),
+        ("a,b,c\n1,2,3\n", "not a table of times that kvtwin reads"),
+        ("layer,tokens,time_us\nqkv,1,2.5\nqkv,2,2.5 us\n", "row 3, time_us: '2.5 us' is not a number"),
+        ('layer,tokens,time_us\nqkv,1,2.5\nqkv,2,"1,234.5"\n', "row 3, time_us: '1,234.5' is not a number"),
+        ("layer,tokens,time_us\nqkv,1,2.5\nqkv,2,\n", "row 3, time_us: empty or nan"),
+    ],
+)
+def test_what_is_wrong_with_a_table_is_told(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text(text)
+    with pytest.raises(InputError, match=re.escape(words)):
+        read_op_table(path)
 
 
 def test_filters_name_what_there_is(tmp_path: Path) -> None:

@@ -63,8 +63,9 @@ class WideTable:
         """A column as float64; empty cells and NaN are NaN. Raises InputError for text."""
         column = self._column(name)
         if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_null(column.type)):
-            at, value = next((row, value) for row, value in enumerate(column.to_pylist()) if value is not None)
-            raise InputError(f"{value!r} is not a number", path=self.path, row=at + self.first_row, column=name)
+            cells = [(row, cell) for row, cell in enumerate(column.to_pylist()) if cell is not None]
+            at, cell = next((found for found in cells if not _is_number(found[1])), cells[0])
+            raise InputError(f"{cell!r} is not a number", path=self.path, row=at + self.first_row, column=name)
         return np.asarray(column.cast(pa.float64()).to_numpy(), dtype=np.float64)
 
     def sizes(self, name: str) -> npt.NDArray[np.int64]:
@@ -85,12 +86,21 @@ class WideTable:
         """Raise InputError for the first row where `good` is false, with its value."""
         if not good.all():
             at = int(np.argmin(good))
-            raise InputError(f"{values[at]}: {problem}", path=self.path, row=at + self.first_row, column=name)
+            shown = "empty or nan" if values.dtype.kind == "f" and np.isnan(values[at]) else values[at]
+            raise InputError(f"{shown}: {problem}", path=self.path, row=at + self.first_row, column=name)
 
     def _column(self, name: str) -> pa.ChunkedArray:
         if name not in self.table.column_names:
             raise InputError("column is missing", path=self.path, row=1 if self.first_row else None, column=name)
         return self.table.column(name)
+
+
+def _is_number(cell: object) -> bool:
+    try:
+        float(str(cell))
+    except ValueError:
+        return False
+    return True
 
 
 def is_parquet(path: Path) -> bool:

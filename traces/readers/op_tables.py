@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -50,12 +50,27 @@ def detect(path: Path) -> str:
         raise InputError("no such file", path=path)
     if is_parquet(path):
         return "aiconfigurator"
-    header = set(csv_header(path))
+    names = csv_header(path)
+    header = set(names)
     if any(name.startswith("time_stats.") for name in header):
         return "vidur"
     for name, needed in _HEADERS:
         if needed <= header:
             return name
-    if next(iter(header), "").startswith("{"):
+    if names[0].startswith("{"):
         raise InputError("JSON: holds no table of measured times (fitted coefficients cannot be calibrated)", path=path)
-    raise InputError(f"not a table of times that kvtwin reads; known: {', '.join(READERS)}", path=path)
+    raise InputError(_why_unknown(names), path=path)
+
+
+def _why_unknown(names: Sequence[str]) -> str:
+    """What a first line lacks to be one of a table that is known."""
+    if not any(names):
+        return "the first line is empty: column names expected"
+    for separator, name in ((";", "semicolons"), ("\t", "tabs")):
+        if len(names) == 1 and separator in names[0]:
+            return f"columns are separated by {name}: write it with commas (and numbers with points)"
+    name, needed = max(_HEADERS, key=lambda known: len(known[1] & set(names)) / len(known[1]))
+    lacking = sorted(needed - set(names))
+    if 2 * len(lacking) <= len(needed):
+        return f"looks like a table of {name}, but has no column {' and no '.join(lacking)}"
+    return f"not a table of times that kvtwin reads; known: {', '.join(READERS)}"
