@@ -222,7 +222,9 @@ def _log(args: argparse.Namespace, run: Run) -> Log:
 
 
 def _from_kernels(args: argparse.Namespace) -> Profile:
+    from kvtwin.calibrate.kernels.attention import PARTS
     from kvtwin.calibrate.kernels.compose import calibrate_kernels
+    from kvtwin.sim.progress import stage_bar
     from kvtwin.traces.readers.allreduce import read_allreduce
     from kvtwin.traces.readers.llmservingsim_profile import read_kernel_profile
 
@@ -232,13 +234,15 @@ def _from_kernels(args: argparse.Namespace) -> Profile:
         if value is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')} {value}: at least 1 expected")
     kernels = read_kernel_profile(args.samples[0], args.tensor_parallel_size or 1)
-    return calibrate_kernels(
-        kernels,
-        model=_model(args, kernels),
-        max_model_len=args.max_model_len,
-        enforce_eager=bool(args.enforce_eager),
-        collectives=read_allreduce(args.collectives) if args.collectives else None,
-    )
+    with stage_bar(len(PARTS), "part") as tell:
+        return calibrate_kernels(
+            kernels,
+            model=_model(args, kernels),
+            max_model_len=args.max_model_len,
+            enforce_eager=bool(args.enforce_eager),
+            collectives=read_allreduce(args.collectives) if args.collectives else None,
+            progress=tell,
+        )
 
 
 def _model(args: argparse.Namespace, kernels: KernelProfile) -> ModelSpec:

@@ -2,69 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from kvtwin.calibrate.accuracy import summarize
-from kvtwin.calibrate.kernels.table import Table, filled, fitted_prefill
+from kvtwin.calibrate.kernels.attention import Attention
+from kvtwin.calibrate.kernels.table import Table
 from kvtwin.calibrate.kernels.uneven import first_unsplit_of, slopes_of
 from kvtwin.calibrate.models import ModelSpec
-from kvtwin.calibrate.tables.calibrate import fit_samples
-from kvtwin.calibrate.tables.choice import report
-from kvtwin.sim.latency.grid import FloatArray, Grid
+from kvtwin.calibrate.tables.calibrate import accuracy_of, fit_samples
+from kvtwin.sim.latency.grid import Grid
 from kvtwin.traces.readers.llmservingsim_profile import KernelProfile
 from kvtwin.traces.readers.optable import plain_samples
 
 
-def kernel_accuracy(kernels: KernelProfile, model: ModelSpec) -> dict[str, Any]:
-    """Hold-out error of each table: whole inner rows (context lengths, chunks, sizes) left out in turn.
+def kernel_accuracy(kernels: KernelProfile, model: ModelSpec, attention: Attention) -> dict[str, Any]:
+    """Hold-out error of each table: whole values of an axis (contexts, chunks, sizes) left out in turn with all their rows.
 
-    Grids: every second inner value is predicted from a grid without it; never a random cell, which its neighbours of
-    the same row would give away. Prefills and the largest matrix product: as `tables/holdout.py` does it.
+    Never a random cell, which its neighbours of the same row would give away (`tables/holdout.py`).
     """
-    attention = Table.of(kernels.attention)
-    decode = attention.where(attention.prefill_chunk == 0)
-    prefill = attention.where(attention.n_decode == 0)
-    mixed = attention.where((attention.prefill_chunk > 0) & (attention.n_decode > 0))
-    shape = [mixed.prefill_chunk, mixed.kv_prefill, mixed.n_decode, mixed.kv_decode]
     dense = Table.of(kernels.dense)
-    gemm = (
-        dense.where(dense.layer == "gate_up_proj")
-        if "gate_up_proj" in dense.layer
-        else dense.where(dense.layer == "qkv_proj")
-    )
-    samples = {
-        "decode attention, context held out": ([decode.n_decode, decode.kv_decode], decode.time_us, 1),
-        "decode attention, number of decodes held out": ([decode.n_decode, decode.kv_decode], decode.time_us, 0),
-        "mixed attention, context held out": (shape, mixed.time_us, 3),
-        "mixed attention, chunk held out": (shape, mixed.time_us, 0),
-    }
-    found = {
-        name: _held_out(coordinates, times, dimension) for name, (coordinates, times, dimension) in samples.items()
-    }
+    gemm = dense.where(dense.layer == ("gate_up_proj" if "gate_up_proj" in dense.layer else "qkv_proj"))
     product = plain_samples("largest GEMM", "tokens", {"num_tokens": gemm.tokens}, gemm.time_us)
-    fitted = {"prefill attention": fitted_prefill(prefill, kernels, model), "largest GEMM": fit_samples(product, None)}
-    for name, one in fitted.items():
-        for axis in one.samples.load:
-            part = report([(one.samples, one.held, one.choice.name)], axis)
-            found[f"{name}, {axis.removeprefix('num_')} held out"] = part or {"n": 0}
-    return found | _uneven_accuracy(kernels, model, attention) | _repeats(kernels, attention)
+    found: dict[str, Any] = {}
+    for one in (*attention.fitted.values(), fit_samples(product, None)):
+        found |= accuracy_of([one])
+    return found | _uneven_accuracy(kernels, model, attention.decode) | _repeats(kernels)
 
 
-def _held_out(coordinates: Sequence[npt.NDArray[Any]], times: FloatArray, dimension: int) -> dict[str, Any]:
-    values = np.unique(coordinates[dimension])
-    left_out = np.isin(coordinates[dimension], values[1:-1:2])
-    if not left_out.any() or left_out.all():
-        return {"n": 0}
-    grid = filled([axis[~left_out] for axis in coordinates], times[~left_out])
-    predicted = grid(*(axis[left_out] for axis in coordinates))
-    return summarize(times[left_out], predicted, groups=coordinates[dimension][left_out])
-
-
-def _uneven_accuracy(kernels: KernelProfile, model: ModelSpec, attention: Table) -> dict[str, Any]:
+def _uneven_accuracy(kernels: KernelProfile, model: ModelSpec, decode: Grid) -> dict[str, Any]:
     """Decodes of unequal contexts: slopes fitted without whole batch sizes, or whole short contexts, in turn.
 
     What equal contexts cost comes from attention.csv, as in the composed step, so its interpolation errors count too.
@@ -73,8 +41,6 @@ def _uneven_accuracy(kernels: KernelProfile, model: ModelSpec, attention: Table)
         return {}
     skew = Table.of(kernels.skew)
     pure = skew.where((skew.pc == 0) & (skew.nb < skew.n))
-    pure_decode = attention.where(attention.prefill_chunk == 0)
-    decode = filled([pure_decode.n_decode, pure_decode.kv_decode], pure_decode.time_us)
     return {
         f"uneven decode attention, {what} held out": _uneven_held_out(
             pure, pure.columns[name], decode, first_unsplit_of(kernels, model)
@@ -102,11 +68,11 @@ def _uneven_held_out(pure: Table, axis: npt.NDArray[Any], decode: Grid, split_be
     return summarize(pure.t_skew_us[known], predicted[known], groups=axis[known])
 
 
-def _repeats(kernels: KernelProfile, attention: Table) -> dict[str, Any]:
+def _repeats(kernels: KernelProfile) -> dict[str, Any]:
     """Noise floor: shapes that skew.csv measured again (all decodes at its longest context) against attention.csv."""
     if kernels.skew is None:
         return {}
-    skew = Table.of(kernels.skew)
+    skew, attention = Table.of(kernels.skew), Table.of(kernels.attention)
     known = {
         (int(c), int(p), int(n), int(k)): float(t)
         for c, p, n, k, t in zip(

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Final
 
 import numpy as np
 import pyarrow as pa
 
 from kvtwin.calibrate.kernels.accuracy import kernel_accuracy
-from kvtwin.calibrate.kernels.table import Table, filled, fitted_prefill
+from kvtwin.calibrate.kernels.attention import fit_attention, with_tile_ends
+from kvtwin.calibrate.kernels.table import Table
 from kvtwin.calibrate.kernels.uneven import describe_unsplit, first_unsplit_of, unevenness, unsplit_decodes
 from kvtwin.calibrate.models import ModelSpec
-from kvtwin.calibrate.prefills import several_prefills
 from kvtwin.calibrate.tables.calibrate import fit_samples
 from kvtwin.calibrate.tables.checks import MIN_ROWS
 from kvtwin.sim.latency.composed import ComposedLatency
@@ -39,8 +39,6 @@ LAUNCH_GAP_US: Final = 1.2
 # Small kernels and copies around the forward pass: input ids, positions, slots, block tables, sampled tokens.
 _INPUT_KERNELS: Final = 30
 
-_QUERY_TILE: Final = 64.0  # rows of queries per thread block of FlashAttention-2's paged kernel
-
 
 def calibrate_kernels(
     kernels: KernelProfile,
@@ -49,6 +47,7 @@ def calibrate_kernels(
     max_model_len: int | None = None,
     enforce_eager: bool = False,
     collectives: pa.Table | None = None,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> Profile:
     """Compose a step-latency profile from a kernel profile.
 
@@ -58,20 +57,24 @@ def calibrate_kernels(
         max_model_len: the engine's setting; None for the model's own.
         enforce_eager: the engine runs without CUDA graphs.
         collectives: all-reduce times (`readers.allreduce.ALLREDUCE`); required for tensor parallelism.
+        progress: told which part of the attention is fitted next.
 
     Raises:
         InputError: an operator is missing, a grid is too thin, or collectives are missing.
     """
     split_below = first_unsplit_of(kernels, model)
     unsplit = None if enforce_eager else unsplit_decodes(kernels, model, split_below, max_model_len)
-    attention = Table.of(kernels.attention)
+    attention = fit_attention(kernels, model, progress)
     latency = ComposedLatency(
         num_layers=model.num_hidden_layers,
         num_kernels=_num_kernels(kernels, model),
         launch_gap_us=LAUNCH_GAP_US,
         tokens=_token_parts(kernels, model, collectives),
         sequences=_by_size(kernels.per_sequence, "sequences", {"lm_head": 1.0, "sampler": 1.0}, kernels),
-        **_attention_grids(attention, kernels, model),
+        decode=attention.decode,
+        prefill=attention.prefill,
+        several=attention.several,
+        increment=attention.increment,
         **unevenness(kernels, split_below, unsplit),
     )
     return Profile(
@@ -81,8 +84,8 @@ def calibrate_kernels(
         model=model.name,
         engine=f"vllm {kernels.meta.get('vllm_version')}",
         tensor_parallel_size=kernels.tensor_parallel_size,
-        domain=_domain(attention, kernels),
-        accuracy=kernel_accuracy(kernels, model),
+        domain=_domain(kernels),
+        accuracy=kernel_accuracy(kernels, model, attention),
         provenance={
             "source": kernels.source,
             "digest": kernels.digest,
@@ -144,15 +147,7 @@ def _fitted_layer(
         return sizes, lambda axis: np.interp(axis, sizes, times)
     model = fit_samples(plain_samples(name, "tokens", {"num_tokens": sizes}, times), None).model
     tiles = model.bank.steps.get("num_tokens", ()) if model.bank is not None else ()
-    return _with_tile_ends(sizes, tiles), lambda axis: model.time_us({"num_tokens": axis})
-
-
-def _with_tile_ends(axis: FloatArray, tiles: Sequence[float]) -> FloatArray:
-    """The axis, and the last row of each tile and the first of the next between its ends."""
-    ends = [np.arange(tile, axis[-1], tile) for tile in tiles]
-    nodes = np.unique(np.concatenate([axis, *ends, *(end + 1 for end in ends)]))
-    inside: FloatArray = nodes[(nodes >= axis[0]) & (nodes <= axis[-1])]
-    return inside
+    return with_tile_ends(sizes, tiles), lambda axis: model.time_us({"num_tokens": axis})
 
 
 def _moe(table: Table, model: ModelSpec, kernels: KernelProfile) -> Grid:
@@ -187,54 +182,8 @@ def _all_reduces(collectives: pa.Table | None, model: ModelSpec, num_gpus: int, 
     return Grid([tokens.tolist()], 2 * model.num_hidden_layers * np.maximum(by_size(message_bytes), 0.0))
 
 
-def _attention_grids(table: Table, kernels: KernelProfile, model: ModelSpec) -> dict[str, Grid]:
-    """Decode, prefill and increment grids of one layer (see `sim/latency/composed.py`)."""
-    decode = table.where(table.prefill_chunk == 0)
-    prefill = table.where(table.n_decode == 0)
-    mixed = table.where((table.prefill_chunk > 0) & (table.n_decode > 0))
-    for name, part in (("decode", decode), ("prefill", prefill), ("mixed", mixed)):
-        if len(part) < 4:
-            raise InputError(f"attention.csv has {len(part)} {name} rows: too few to interpolate", path=kernels.path)
-    prefills = _prefill_grids(prefill, kernels, model)
-    return {
-        "decode": filled([decode.n_decode, decode.kv_decode], decode.time_us),
-        **prefills,
-        "increment": _increment(mixed.where(mixed.kv_prefill >= 0), prefills["prefill"]),
-    }
-
-
-def _prefill_grids(prefill: Table, kernels: KernelProfile, model: ModelSpec) -> dict[str, Grid]:
-    """Attention of one prefill by (chunk, prefix), and of several, with the steps of thread blocks between measured chunks."""
-    if len(prefill) < MIN_ROWS:
-        return {"prefill": filled([prefill.prefill_chunk, prefill.kv_prefill], prefill.time_us)}
-    found = fitted_prefill(prefill, kernels, model)
-    chunks = _with_tile_ends(np.unique(prefill.prefill_chunk).astype(np.float64), (_QUERY_TILE,))
-    prefixes = np.unique(np.maximum(prefill.kv_prefill, 0)).astype(np.float64)
-    chunk, prefix = (values.ravel() for values in np.meshgrid(chunks, prefixes, indexing="ij"))
-    # By either name, as older and newer tables have it.
-    keys = {"prefill_tokens": chunk, "prefill_key": prefix + chunk / 2}
-    times = found.model.time_us({"chunk": chunk, "prefix": prefix, **keys})
-    return {
-        "prefill": Grid([chunks.tolist(), prefixes.tolist()], times.reshape(len(chunks), len(prefixes))),
-        "several": several_prefills(found, chunks, {}),
-    }
-
-
-def _increment(mixed: Table, prefill: Grid) -> Grid:
-    """What decodes add to a prefill's attention, by (chunk, prefix, decodes, context); 0 decodes add nothing."""
-    # A number of decodes measured at a few chunks only (the grid's corner) would have to be made up elsewhere.
-    counts, index = np.unique(mixed.n_decode, return_inverse=True)
-    num_chunks = np.array([len(np.unique(mixed.prefill_chunk[mixed.n_decode == count])) for count in counts])
-    mixed = mixed.where(2 * num_chunks[index] >= num_chunks.max())
-    added = mixed.time_us - prefill(mixed.prefill_chunk, mixed.kv_prefill)
-    grid = filled([mixed.prefill_chunk, mixed.kv_prefill, mixed.n_decode, mixed.kv_decode], added)
-    chunks, prefixes, decodes, contexts = grid.axes
-    nothing = np.zeros((len(chunks), len(prefixes), 1, len(contexts)))
-    axes = [chunks.tolist(), prefixes.tolist(), [0.0, *decodes.tolist()], contexts.tolist()]
-    return Grid(axes, np.concatenate([nothing, grid.values], axis=2))
-
-
-def _domain(attention: Table, kernels: KernelProfile) -> dict[str, tuple[float, float]]:
+def _domain(kernels: KernelProfile) -> dict[str, tuple[float, float]]:
+    attention = Table.of(kernels.attention)
     tokens = kernels.dense.column("tokens").to_numpy()
     longest = float(attention.kv_decode.max())
     return {

@@ -12,10 +12,8 @@ import pyarrow as pa
 
 from kvtwin.calibrate.gpus import GpuSpec, gpu_spec
 from kvtwin.calibrate.models import ModelSpec
-from kvtwin.calibrate.tables.calibrate import Fitted, fit_samples
 from kvtwin.sim.latency.grid import FloatArray, Grid
 from kvtwin.traces.readers.llmservingsim_profile import KernelProfile
-from kvtwin.traces.readers.optable import plain_samples
 
 
 @dataclass(frozen=True)
@@ -92,21 +90,3 @@ def _continued(line: FloatArray, axis: FloatArray) -> FloatArray:
         return np.full_like(line, line[known[0]])
     straight = Grid([axis[known].tolist()], line[known])(axis)
     return np.where(np.isnan(line), np.maximum(straight, np.nanmin(line)), line)
-
-
-def fitted_prefill(prefill: Table, kernels: KernelProfile, model: ModelSpec) -> Fitted:
-    """Attention of one prefill by (chunk, prefix): the candidate that predicts left-out values best (`tables/`)."""
-    degree = kernels.tensor_parallel_size
-    heads = {
-        "num_heads": float(max(model.num_attention_heads // degree, 1)),
-        "num_key_value_heads": float(kv_heads_of(kernels, model)),
-    }
-    if (prefill.kv_prefill < 0).any():  # batches of several prefills too
-        load = {
-            "prefill_tokens": prefill.prefill_chunk,
-            "prefill_key": prefill.kv_prefill + prefill.prefill_chunk / 2,
-        }
-    else:
-        load = {"chunk": prefill.prefill_chunk, "prefix": prefill.kv_prefill}
-    samples = plain_samples("prefill attention", "prefill_attention", load, prefill.time_us, constants=heads)
-    return fit_samples(samples, hardware_of(kernels))

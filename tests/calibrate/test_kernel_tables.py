@@ -8,14 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 from kvtwin.calibrate.gpus import gpu_spec
+from kvtwin.calibrate.kernels.attention import time_of_unlike_lengths
 from kvtwin.calibrate.kernels.compose import LAUNCH_GAP_US, calibrate_kernels
 from kvtwin.calibrate.kernels.flash_attention import first_unsplit, num_splits, piece_tokens
 from kvtwin.calibrate.models import ModelSpec, custom_model, model_spec
 from kvtwin.sim.latency.composed import ComposedLatency
 from kvtwin.sim.latency.stats import BatchStats
+from kvtwin.sim.latency.work.columns import Columns
 from kvtwin.traces.errors import InputError
 from kvtwin.traces.readers.allreduce import ALLREDUCE, read_allreduce
 from kvtwin.traces.readers.llmservingsim_profile import KernelProfile, read_kernel_profile
@@ -94,6 +97,20 @@ def test_a_step_is_the_sum_of_its_kernels() -> None:
     assert parts["launch gaps"] == pytest.approx(LAUNCH_GAP_US * (2 * 10 + 2 + 30))
 
 
+@pytest.mark.parametrize(("name", "own"), [("context", 1), ("prefix", 0)])
+def test_lengths_that_differ_fill_half_a_piece_on_average(name: str, own: int) -> None:
+    """A kernel that takes 1 us for each piece of 128 keys: 256 keys and a decode's new one are three pieces, 383 too."""
+
+    class Pieces:
+        def time_us(self, columns: Columns) -> np.ndarray:
+            return np.ceil((columns[name] + own) / 128)
+
+    lengths = {"context": np.array([128.0, 256.0, 4096.0]), "prefix": np.array([128.0, 256.0, 4096.0])}
+    around = np.mean([Pieces().time_us({name: lengths[name] + shift}) for shift in range(-64, 64)], axis=0)
+    assert time_of_unlike_lengths(Pieces(), lengths) == pytest.approx(around, abs=0.02)
+    assert np.all(np.abs(Pieces().time_us(lengths) - around) > 0.45)
+
+
 def test_two_chunks_cost_as_much_as_one_with_as_many_pairs() -> None:
     latency = latency_of(kernel_profile())
     chunks = BatchStats.of_batch([1000, 3000], [200, 300])
@@ -108,7 +125,7 @@ def pairs_us(tokens: float, prefix: float) -> float:
 
 
 def attention_of(prefills: Sequence[tuple[int, float]]) -> pa.Table:
-    kept = kernel_profile().attention.filter(pa.compute.field("n_decode") > 0)
+    kept = kernel_profile().attention.filter(pc.field("n_decode") > 0)
     names = ("prefill_chunk", "kv_prefill", "n_decode", "kv_decode", "time_us")
     rows = [(tokens, prefix, 0, 0, pairs_us(tokens, prefix)) for tokens, prefix in prefills]
     prefill = pa.table(dict(zip(names, map(pa.array, zip(*rows, strict=True)), strict=True)), schema=kept.schema)
@@ -219,7 +236,9 @@ def test_held_out_rows_of_real_tables_are_predicted(shared: Path) -> None:
     for name, limit in (
         ("decode attention, context held out", 0.02),
         ("prefill attention, prefix held out", 0.02),
-        ("largest GEMM, tokens held out", 0.03),
+        ("mixed attention, context held out", 0.02),
+        ("mixed attention, chunk held out", 0.02),
+        ("largest GEMM, num_tokens held out", 0.03),
         ("uneven decode attention, number of decodes held out", 0.025),
         ("uneven decode attention, context held out", 0.02),
     ):

@@ -24,7 +24,8 @@ def decode_attention(columns: Columns, tile: float, slots: float) -> Terms:
     pieces = np.maximum(ceil(context, PIECE), 1.0)
     splits = np.clip(np.floor((slots or 1.0) / blocks), 1.0, pieces)
     split = (splits > 1).astype(np.float64)
-    longest = ceil(pieces, splits) * PIECE
+    # A block computes whole pieces, but loads only the keys that are there, and where contexts are split it waits for those.
+    longest = np.maximum(context, PIECE) / splits
     waves = waves_of(blocks * splits, slots)
     whole_waves, whole = waves_of(blocks, slots), ceil(context, _SMALL_PIECE) * _SMALL_PIECE
     read = seqs * kv_heads * context
