@@ -16,7 +16,8 @@ import numpy as np
 from kvtwin.calibrate.gpus import gpu_spec
 from kvtwin.calibrate.models import ModelSpec
 from kvtwin.calibrate.operators.fits import OperatorFits
-from kvtwin.calibrate.operators.recipes import Dense, Recipe, recipe_for
+from kvtwin.calibrate.operators.memory import VALUE_BYTES, Memory, bytes_of
+from kvtwin.calibrate.operators.recipes import Dense, Moved, Recipe, recipe_for
 from kvtwin.calibrate.prefills import several_prefills
 from kvtwin.calibrate.tables.calibrate import Fitted, accuracy_of, hardware_of, only_engine
 from kvtwin.sim.latency.composed import ComposedLatency
@@ -27,7 +28,6 @@ from kvtwin.traces.readers.optable import OpTable
 
 _BANDWIDTH_SHARE: Final = 0.8  # aiconfigurator's `mem_bw_empirical_scaling_factor`
 _MOVED_US: Final = 3.0  # its `mem_empirical_constant_latency`
-_VALUE_BYTES: Final = 2  # 16 bits
 _NO_COST: Final = Grid([[0.0], [0.0]], [[0.0]])
 
 
@@ -55,7 +55,9 @@ def compose_tables(
     fits = OperatorFits(tables, model, tensor_parallel_size, device, progress)
     recipe = recipe_for(model, tensor_parallel_size, fits.ops)
     fits.fit(recipe.operators(tensor_parallel_size))
-    latency = _latency(fits, recipe, model, tensor_parallel_size, _bandwidth(device) if recipe.moved else 0.0)
+    products = fits.fitted["gemm"].samples if "gemm" in fits.fitted else None
+    memory = Memory.of(_bandwidth(device), products) if recipe.moved else None
+    latency = _latency(fits, recipe, model, tensor_parallel_size, memory)
     return Profile(
         kind="composed",
         latency=latency.to_json(),
@@ -65,31 +67,36 @@ def compose_tables(
         tensor_parallel_size=tensor_parallel_size,
         domain=_domain(latency),
         accuracy=accuracy_of(list(fits.fitted.values())),
-        provenance=_provenance(tables, fits, recipe),
+        provenance=_provenance(tables, fits, recipe, memory),
     )
 
 
 def _latency(
-    fits: OperatorFits, recipe: Recipe, model: ModelSpec, num_gpus: int, bytes_per_us: float
+    fits: OperatorFits, recipe: Recipe, model: ModelSpec, num_gpus: int, memory: Memory | None
 ) -> ComposedLatency:
     """What a step of the model is made of, from the fitted operators."""
     fitted = fits.fitted
-    parts = {"dense": _summed([(dense, fitted[dense.op]) for dense in recipe.per_token], bytes_per_us)}
-    if recipe.moved:
-        parts["moved"] = _moved(recipe, bytes_per_us, parts["dense"])
+    parts = {"dense": _summed([(dense, fitted[dense.op]) for dense in recipe.per_token], memory)}
+    sequences = _summed([(dense, fitted[dense.op]) for dense in recipe.per_request], memory)
+    if memory is not None:
+        parts["moved"] = _moved(recipe.moved, memory, parts["dense"].axes[0])
+        moved = _moved(recipe.moved_per_request, memory, sequences.axes[0])
+        sequences = Grid([sequences.axes[0].tolist()], sequences.values + moved.values)
     if num_gpus > 1:
         parts["collectives"] = _all_reduces(fitted["all_reduce"], recipe, model, num_gpus, parts["dense"])
     heads = {
         "num_heads": model.num_attention_heads / num_gpus,
         "num_key_value_heads": max(1.0, model.num_key_value_heads / num_gpus),
     }
-    decode, prefill = _decode_grid(fitted[recipe.decode], heads), _prefill_grid(fitted[recipe.prefill], heads)
+    key_values = 2 * heads["num_key_value_heads"] * model.head_dim
+    decode = _decode_grid(fitted[recipe.decode], heads, key_values, memory)
+    prefill = _prefill_grid(fitted[recipe.prefill], heads)
     return ComposedLatency(
         num_layers=model.num_hidden_layers,
         num_kernels=0,
         launch_gap_us=0.0,
         tokens=parts,
-        sequences=_summed([(dense, fitted[dense.op]) for dense in recipe.per_request], bytes_per_us),
+        sequences=sequences,
         decode=decode,
         prefill=prefill,
         several=several_prefills(fitted[recipe.prefill], prefill.axes[0], heads),
@@ -99,22 +106,27 @@ def _latency(
     )
 
 
-def _provenance(tables: Sequence[OpTable], fits: OperatorFits, recipe: Recipe) -> dict[str, Any]:
+def _provenance(tables: Sequence[OpTable], fits: OperatorFits, recipe: Recipe, memory: Memory | None) -> dict[str, Any]:
     return {
         "sources": [dict(table.source) for table in tables],
         "operators": {op: found.samples.name for op, found in fits.fitted.items()},
         "assumed": [
-            f"{moved.name}: {moved.bytes_per_token:.0f} bytes a token at {_BANDWIDTH_SHARE} of the bandwidth, and "
-            f"{_MOVED_US} us"
-            for moved in recipe.moved
+            f"{moved.name}: {moved.bytes_per_row:.0f} bytes a {row} at {_BANDWIDTH_SHARE} of the bandwidth, and {_MOVED_US} us"
+            for row, group in (("token", recipe.moved), ("request", recipe.moved_per_request))
+            for moved in group
         ],
-        "weights": "a product of matrices takes no less than reading its weights at the memory's bandwidth",
+        "memory": None
+        if memory is None
+        else (
+            "a matrix product takes no less than reading its weights, attention of decodes no less than reading keys "
+            f"and values, at {memory.streamed / memory.peak:.2f} of the memory's bandwidth, which products of 512 MB and more reach"
+        ),
         "left_out": list(recipe.missing),
         "uneven_contexts": "priced by their mean: the tables have equal ones only",
     }
 
 
-def _summed(parts: Sequence[tuple[Dense, Fitted]], bytes_per_us: float) -> Grid:
+def _summed(parts: Sequence[tuple[Dense, Fitted]], memory: Memory | None) -> Grid:
     """What the operators take together, by number of rows, none less than reading its weights; 0 if there are none."""
     if not parts:
         return Grid([[0.0]], [0.0])
@@ -122,7 +134,7 @@ def _summed(parts: Sequence[tuple[Dense, Fitted]], bytes_per_us: float) -> Grid:
     total = np.zeros(len(axis))
     for dense, found in parts:
         fixed = {name: np.full(len(axis), value) for name, value in dense.shape.items()}
-        least_us = dense.weight_bytes / bytes_per_us if dense.weight_bytes else 0.0
+        least_us = dense.weights * bytes_of(found.samples) / memory.streamed if memory is not None else 0.0
         total += dense.times * np.maximum(found.model.time_us({**fixed, dense.rows: axis}), least_us)
     return Grid([axis.tolist()], total)
 
@@ -152,17 +164,16 @@ def _bandwidth(hardware: str | None) -> float:
     return gpu.memory_bytes_per_s / 1e6
 
 
-def _moved(recipe: Recipe, bytes_per_us: float, dense: Grid) -> Grid:
-    tokens = dense.axes[0]
-    total = np.zeros(len(tokens))
-    for moved in recipe.moved:
-        total += moved.times * (tokens * moved.bytes_per_token / (_BANDWIDTH_SHARE * bytes_per_us) + _MOVED_US)
-    return Grid([tokens.tolist()], total)
+def _moved(parts: Sequence[Moved], memory: Memory, rows: FloatArray) -> Grid:
+    total = np.zeros(len(rows))
+    for moved in parts:
+        total += moved.times * (rows * moved.bytes_per_row / (_BANDWIDTH_SHARE * memory.peak) + _MOVED_US)
+    return Grid([rows.tolist()], total)
 
 
 def _all_reduces(found: Fitted, recipe: Recipe, model: ModelSpec, num_gpus: int, dense: Grid) -> Grid:
     tokens = dense.axes[0]
-    num_bytes = tokens * model.hidden_size * _VALUE_BYTES
+    num_bytes = tokens * model.hidden_size * VALUE_BYTES
     time_us = found.model.time_us({"num_gpus": np.full(len(tokens), float(num_gpus)), "num_bytes": num_bytes})
     return Grid([tokens.tolist()], recipe.all_reduces * time_us)
 
@@ -178,8 +189,8 @@ def _product(*axes: FloatArray) -> list[FloatArray]:
     return [values.ravel() for values in np.meshgrid(*axes, indexing="ij")]
 
 
-def _decode_grid(found: Fitted, heads: dict[str, float]) -> Grid:
-    """By number of decodes and context of each."""
+def _decode_grid(found: Fitted, heads: dict[str, float], key_values: float, memory: Memory | None) -> Grid:
+    """By number of decodes and context of each; `key_values`: of each token, in a layer."""
     decodes = _measured(found, "num_decode")
     in_all = "total_context" in found.samples.load  # LLMServingSim v0: of all decodes together
     contexts = _measured(found, "total_context" if in_all else "context")
@@ -188,6 +199,8 @@ def _decode_grid(found: Fitted, heads: dict[str, float]) -> Grid:
     each = dict(zip(("num_decode", "context"), _product(decodes, contexts), strict=True))
     each["total_context"] = each["num_decode"] * each["context"]
     time_us = _attention_us(found, heads, each)
+    if memory is not None:
+        time_us = np.maximum(time_us, each["total_context"] * key_values * bytes_of(found.samples) / memory.streamed)
     return Grid([decodes.tolist(), contexts.tolist()], time_us.reshape(len(decodes), len(contexts)))
 
 

@@ -2,7 +2,8 @@
 
 * Matrix products by shape, aiconfigurator's tables: its `sdk/models/llama.py` and `moe.py`. Norms and activations have
   no table there; they cost what they move, at 0.8 of the memory's bandwidth, and 3 us each (`query_mem_op`, the `gpu`
-  section of its systems' files).
+  section of its systems' files). So do the rotary embedding and greedy sampling, which that SDK leaves out: vLLM and
+  SGLang run them as kernels of their own (`rotary_emb` of the model's attention, `v1/sample/sampler.py`).
 * Operators by name, Vidur's and Frontier's tables: Vidur's `entities/execution_time.py` (`model_time`), which leaves
   out the embedding and lm_head; they are added where the tables have them.
 * Operators by name, LLMServingSim v0's tables.
@@ -15,9 +16,10 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from kvtwin.calibrate.models import ModelSpec
+from kvtwin.calibrate.operators.memory import VALUE_BYTES
 from kvtwin.traces.errors import InputError
 
-_VALUE_BYTES: Final = 2  # 16 bits
+_SAMPLED_BYTES: Final = 10  # of a logit: 16 bits are read, written as 32 bits, and read for the largest
 
 
 @dataclass(frozen=True)
@@ -29,14 +31,14 @@ class Dense:
         times: how often a step runs it.
         rows: column of the tables that counts the rows.
         shape: other columns, which the model fixes.
-        weight_bytes: read from memory at each run: tables are measured in loops that keep what fits in the cache.
+        weights: values read from memory at each run; 0 where that is not followed.
     """
 
     op: str
     times: float
     rows: str = "num_tokens"
     shape: Mapping[str, float] = field(default_factory=dict)
-    weight_bytes: float = 0.0
+    weights: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,12 @@ class Moved:
     Attributes:
         name: what it is.
         times: how often a step runs it.
-        bytes_per_token: read and written.
+        bytes_per_row: read and written, for each token or request.
     """
 
     name: str
     times: float
-    bytes_per_token: float
+    bytes_per_row: float
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Recipe:
     Attributes:
         per_token: operators that run over all new tokens.
         per_request: operators that run once for each request of the batch.
-        moved: what has no table.
+        moved, moved_per_request: what has no table, for each token and once for each request.
         prefill, decode: names of attention's operators.
         all_reduces: how often a step adds up tokens * hidden_size values over the GPUs.
         missing: what the tables do not have and nothing stands for.
@@ -74,6 +76,7 @@ class Recipe:
     decode: str
     all_reduces: int
     missing: tuple[str, ...] = ()
+    moved_per_request: tuple[Moved, ...] = ()
 
     def operators(self, tensor_parallel_size: int) -> list[str]:
         """Names of the operators whose times it needs."""
@@ -130,15 +133,16 @@ def _by_shape(model: ModelSpec, tp: int) -> Recipe:
     heads, kv_heads = model.num_attention_heads / tp, max(1.0, model.num_key_value_heads / tp)
 
     def product(n: float, k: float, times: float = layers) -> Dense:
-        return Dense("gemm", times, "m", {"n": n, "k": k}, n * k * _VALUE_BYTES)
+        return Dense("gemm", times, "m", {"n": n, "k": k}, n * k)
 
     attention = (
         product((heads + 2 * kv_heads) * model.head_dim, hidden),
         product(hidden, heads * model.head_dim),
     )
     moved = [
-        Moved("embedding", 1, 2 * hidden * _VALUE_BYTES),
-        Moved("add and norm", 2 * layers, 4 * hidden * _VALUE_BYTES),
+        Moved("embedding", 1, 2 * hidden * VALUE_BYTES),
+        Moved("add and norm", 2 * layers, 4 * hidden * VALUE_BYTES),
+        Moved("rotary embedding", layers, 2 * (heads + kv_heads) * model.head_dim * VALUE_BYTES),
     ]
     if model.num_experts:
         experts = {
@@ -148,7 +152,7 @@ def _by_shape(model: ModelSpec, tp: int) -> Recipe:
         mlp = (product(model.num_experts, hidden), Dense("moe", layers, "num_tokens", experts))
     else:
         mlp = (product(2 * width, hidden), product(hidden, width))
-        moved.append(Moved("activation", layers, 3 * width * _VALUE_BYTES))
+        moved.append(Moved("activation", layers, 3 * width * VALUE_BYTES))
     return Recipe(
         per_token=(*attention, *mlp),
         per_request=(product(model.vocab_size / tp, hidden, 1),),
@@ -156,6 +160,7 @@ def _by_shape(model: ModelSpec, tp: int) -> Recipe:
         prefill="context_attention",
         decode="generation_attention",
         all_reduces=2 * layers + 1,
+        moved_per_request=(Moved("sampling", 1, model.vocab_size * _SAMPLED_BYTES),),
     )
 
 
