@@ -24,10 +24,10 @@ from kvtwin.calibrate.tables.candidates import (
     Surfaced,
     Trend,
     fit_all,
-    relative_nnls,
 )
 from kvtwin.calibrate.tables.checks import prepare
 from kvtwin.calibrate.tables.fill import fill_bank
+from kvtwin.calibrate.tables.prices import relative_nnls
 from kvtwin.sim.latency.bank import ShapeBank, staircase
 from kvtwin.sim.latency.forest import Forest
 from kvtwin.sim.latency.octaves import octave
